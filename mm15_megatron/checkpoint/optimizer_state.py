@@ -1,0 +1,186 @@
+"""The optimizer's state by model parameter, whichever of megatron-core's three optimizers holds it.
+
+The fp32 optimizer updates the parameters themselves, the bf16 one updates fp32 main copies, and the distributed optimizer updates
+flat shards of either. All three are read and written here as *pieces*: a flat range [start, stop) of one model parameter with its
+fp32 master value and AdamW's two moments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
+from torch import nn
+
+from mm15_megatron.errors import CheckpointError
+
+KINDS = ("master", "exp_avg", "exp_avg_sq")
+"""What is stored for every trained parameter, all fp32: the master weight and AdamW's first and second moment."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The part of one parameter's state that this rank holds.
+
+    Attributes:
+        parameter: the model parameter.
+        start: first element of the flattened parameter that the piece covers.
+        stop: one past its last element.
+        tensors: by kind, the live fp32 tensor with ``stop - start`` elements.
+    """
+
+    parameter: nn.Parameter
+    start: int
+    stop: int
+    tensors: dict[str, torch.Tensor]
+
+    @torch.no_grad()
+    def write(self, kind: str, whole: torch.Tensor) -> None:
+        """Copy this piece's range out of a tensor of the parameter's size."""
+        live = self.tensors[kind]
+        live.copy_(whole.reshape(-1)[self.start : self.stop].view(live.shape))
+
+
+def inner_optimizers(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
+    """Return the optimizers of this rank that hold parameters (a rank whose modules are all frozen has none)."""
+    chained = optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]
+    return [part for part in chained if not part.is_stub_optimizer]
+
+
+def pieces(optimizer: MegatronOptimizer) -> list[Piece]:
+    """Describe every piece of state this rank holds; state that no step has created yet is created as zeros."""
+    found = []
+    for part in inner_optimizers(optimizer):
+        _create_moments(part.optimizer)
+        for parameter, main in _mains(part):
+            start, stop = 0, parameter.numel()
+            if isinstance(part, DistributedOptimizer):
+                owned = part._get_model_param_range_map(parameter)["param"]
+                start, stop = owned.start, owned.end
+            state = part.optimizer.state[main]
+            found.append(
+                Piece(parameter, start, stop, {"master": main, **{kind: state[kind] for kind in KINDS if kind != "master"}})
+            )
+    return found
+
+
+def whole_states(
+    optimizer: MegatronOptimizer, *, wanted: Collection[nn.Parameter]
+) -> Iterator[tuple[nn.Parameter, str, torch.Tensor]]:
+    """Yield (parameter, kind, tensor of the parameter's shape) for the parameters this rank is to write.
+
+    With the distributed optimizer the shards are gathered over the data-parallel group on the CPU, one bucket and one kind at a
+    time; every rank of the group must run the iterator to its end.
+    """
+    local: dict[nn.Parameter, Piece] = {piece.parameter: piece for piece in pieces(optimizer)}
+    for part in inner_optimizers(optimizer):
+        if isinstance(part, DistributedOptimizer):
+            yield from _gathered(part, local, wanted)
+            continue
+        for parameter, _ in _mains(part):
+            if parameter in wanted:
+                for kind in KINDS:
+                    yield parameter, kind, local[parameter].tensors[kind].detach()
+
+
+def get_step(optimizer: MegatronOptimizer, *, device: torch.device) -> int:
+    """Return AdamW's step count, agreed over all ranks (a rank may hold no state at all).
+
+    Raises:
+        CheckpointError: if parameters of this rank were updated a different number of times.
+    """
+    counts = {count for part in inner_optimizers(optimizer) for count in _counts(part.optimizer)}
+    if len(counts) > 1:
+        raise CheckpointError(
+            f"parameters were updated different numbers of times: {sorted(counts)}",
+            fix="report this: one step count is stored for the whole optimizer",
+        )
+    step = torch.tensor(max(counts, default=0), dtype=torch.int64, device=device)
+    torch.distributed.all_reduce(step, op=torch.distributed.ReduceOp.MAX)
+    return int(step.item())
+
+
+@torch.no_grad()
+def set_step(optimizer: MegatronOptimizer, step: int) -> None:
+    """Write AdamW's step count everywhere it is kept: per parameter (torch) or per group (fused kernels)."""
+    for part in inner_optimizers(optimizer):
+        inner = part.optimizer
+        _create_moments(inner)
+        if isinstance(inner, torch.optim.AdamW):
+            for state in inner.state.values():
+                state["step"] = torch.tensor(float(step), dtype=torch.float32)
+        else:
+            for group in inner.param_groups:
+                group["step"] = step
+
+
+@torch.no_grad()
+def publish_masters(optimizer: MegatronOptimizer, chunks: Sequence[DistributedDataParallel]) -> None:
+    """Make the model's parameters follow the master weights, on every rank, after the latter were written."""
+    parts = inner_optimizers(optimizer)
+    for part in parts:
+        if isinstance(part, (DistributedOptimizer, Float16OptimizerWithFloat16Params)):
+            part._copy_main_params_to_model_params()
+    # A rank that owns no shard still takes part in the gather, so the chunks decide, not the optimizer.
+    for chunk in chunks:
+        if chunk.ddp_config.use_distributed_optimizer:
+            chunk.start_param_sync(force_sync=True)
+
+
+def _mains(part: MegatronOptimizer) -> Iterator[tuple[nn.Parameter, torch.Tensor]]:
+    """Pair each model parameter with the fp32 tensor (whole or flat shard) that the inner optimizer updates."""
+    if isinstance(part, DistributedOptimizer):
+        groups = (part.model_float16_groups, part.shard_fp32_from_float16_groups), (part.model_fp32_groups, part.shard_fp32_groups)
+    elif isinstance(part, Float16OptimizerWithFloat16Params):
+        groups = (part.float16_groups, part.fp32_from_float16_groups), (part.fp32_from_fp32_groups, part.fp32_from_fp32_groups)
+    else:
+        own = [group["params"] for group in part.optimizer.param_groups]
+        groups = ((own, own),)
+    for model_groups, main_groups in groups:
+        for model_group, main_group in zip(model_groups, main_groups, strict=True):
+            yield from zip(model_group, main_group, strict=True)
+
+
+def _create_moments(inner: torch.optim.Optimizer) -> None:
+    for group in inner.param_groups:
+        for parameter in group["params"]:
+            state = inner.state[parameter]
+            if "exp_avg" in state:
+                continue
+            state["exp_avg"] = torch.zeros_like(parameter, requires_grad=False)
+            state["exp_avg_sq"] = torch.zeros_like(parameter, requires_grad=False)
+            if isinstance(inner, torch.optim.AdamW):
+                state["step"] = torch.zeros((), dtype=torch.float32)
+
+
+def _counts(inner: torch.optim.Optimizer) -> set[int]:
+    if isinstance(inner, torch.optim.AdamW):
+        return {int(state["step"].item()) for state in inner.state.values() if "step" in state}
+    return {int(group["step"]) for group in inner.param_groups if group["params"] and "step" in group}
+
+
+def _gathered(
+    part: DistributedOptimizer, local: dict[nn.Parameter, Piece], wanted: Collection[nn.Parameter]
+) -> Iterator[tuple[nn.Parameter, str, torch.Tensor]]:
+    """Gather the shards of each bucket, which are equally long on every rank and cut through parameters."""
+    group = part.data_parallel_group_gloo
+    for buffer, ranges in zip(part.buffers, part.gbuf_ranges, strict=True):
+        (bucket_ranges,) = ranges.values()
+        for bucket, owned in zip(buffer.buckets, bucket_ranges, strict=True):
+            for kind in KINDS:
+                shard = torch.zeros(bucket.grad_data.numel() // group.size())
+                for parameter, where in owned["param_map"].items():
+                    span = where["gbuf_local"]
+                    shard[span.start : span.end] = local[parameter].tensors[kind].detach().reshape(-1).cpu()
+                whole = torch.empty(bucket.grad_data.numel())
+                torch.distributed.all_gather_into_tensor(whole, shard, group=group)
+                for parameter in bucket.params_list:
+                    if parameter in wanted:
+                        start, stop, _ = buffer.param_index_map[parameter]
+                        flat = whole[start - bucket.offset : stop - bucket.offset]
+                        yield parameter, kind, flat.view(parameter.shape).clone()

@@ -1,0 +1,165 @@
+"""What a checkpoint holds: one description of the model's and the optimizer's tensors, keyed by global parameter name.
+
+    model.<name>                  the parameter, in its own dtype
+    optimizer.<name>.master       fp32 master weight of a trained parameter
+    optimizer.<name>.exp_avg      AdamW's first moment, fp32
+    optimizer.<name>.exp_avg_sq   AdamW's second moment, fp32
+
+and one number for the whole optimizer, its step count. Names and whole shapes do not depend on the layout, the optimizer class or
+the dtype (``models/global_parameters.py``), so any layout reads what any other wrote. The master weight is stored even where it is
+the parameter itself; it is the truth when training resumes, and the model's parameters follow it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer
+from torch import nn
+
+from mm15_megatron.checkpoint.optimizer_state import (
+    KINDS,
+    get_step,
+    pieces,
+    publish_masters,
+    set_step,
+    whole_states,
+)
+from mm15_megatron.models.global_parameters import GlobalParameter, global_parameters
+from mm15_megatron.parallel.topology import Topology
+
+OPTIMIZER_PREFIX = "optimizer."
+
+
+@dataclass(frozen=True)
+class StateToSave:
+    """The share of the state that this rank writes: every tensor shard is written by exactly one rank.
+
+    Attributes:
+        tensors: by key.
+        optimizer_step: AdamW's step count, equal on every rank.
+    """
+
+    tensors: dict[str, ShardedTensor]
+    optimizer_step: int
+
+
+@dataclass(frozen=True)
+class StateToLoad:
+    """What this rank needs of a checkpoint.
+
+    Attributes:
+        tensors: by key, requests without data.
+        restore: puts the loaded tensors, by key, where they belong.
+    """
+
+    tensors: dict[str, ShardedTensor]
+    restore: Callable[[Mapping[str, torch.Tensor]], None]
+
+
+def model_key(name: str) -> str:
+    """Key of a parameter."""
+    return f"model.{name}"
+
+
+def optimizer_key(name: str, kind: str) -> str:
+    """Key of one tensor of a trained parameter's optimizer state."""
+    return f"{OPTIMIZER_PREFIX}{name}.{kind}"
+
+
+def unwrapped(chunks: Sequence[nn.Module]) -> list[nn.Module]:
+    """Return the models inside data-parallel wrappers."""
+    return [chunk.module if isinstance(chunk, DistributedDataParallel) else chunk for chunk in chunks]
+
+
+def state_to_save(
+    chunks: Sequence[DistributedDataParallel], optimizer: MegatronOptimizer, *, topology: Topology
+) -> StateToSave:
+    """Describe what this rank writes; every rank must call (shards of the distributed optimizer are gathered)."""
+    mine = _written_here(list(global_parameters(unwrapped(chunks))), topology=topology)
+    tensors = {}
+    for item in mine.values():
+        key = model_key(item.name)
+        tensors[key] = _sharded(item, key, item.parameter.detach())
+    for parameter, kind, whole in whole_states(optimizer, wanted=mine):
+        key = optimizer_key(mine[parameter].name, kind)
+        tensors[key] = _sharded(mine[parameter], key, whole)
+    return StateToSave(tensors, get_step(optimizer, device=topology.device))
+
+
+def weights_to_load(chunks: Sequence[nn.Module]) -> StateToLoad:
+    """Request the parameters alone (evaluation, conversion)."""
+    items = {model_key(item.name): item for item in global_parameters(unwrapped(chunks))}
+
+    @torch.no_grad()
+    def restore(loaded: Mapping[str, torch.Tensor]) -> None:
+        for key, item in items.items():
+            item.parameter.copy_(loaded[key].reshape(item.parameter.shape))
+
+    return StateToLoad({key: _request(item, key, item.parameter.dtype) for key, item in items.items()}, restore)
+
+
+def training_to_load(
+    chunks: Sequence[DistributedDataParallel], optimizer: MegatronOptimizer, *, optimizer_step: int
+) -> StateToLoad:
+    """Request what training needs: frozen parameters, and master weights and moments of the pieces this rank updates."""
+    items = {item.parameter: item for item in global_parameters(unwrapped(chunks))}
+    held = pieces(optimizer)
+    frozen = {model_key(item.name): item for item in items.values() if not item.parameter.requires_grad}
+    tensors = {key: _request(item, key, item.parameter.dtype) for key, item in frozen.items()}
+    for piece in held:
+        item = items[piece.parameter]
+        for kind in KINDS:
+            key = optimizer_key(item.name, kind)
+            tensors[key] = _request(item, key, torch.float32)
+
+    @torch.no_grad()
+    def restore(loaded: Mapping[str, torch.Tensor]) -> None:
+        for key, item in frozen.items():
+            item.parameter.copy_(loaded[key].reshape(item.parameter.shape))
+        for piece in held:
+            for kind in KINDS:
+                piece.write(kind, loaded[optimizer_key(items[piece.parameter].name, kind)])
+        set_step(optimizer, optimizer_step)
+        publish_masters(optimizer, chunks)
+
+    return StateToLoad(tensors, restore)
+
+
+def expected_shapes(chunks: Sequence[nn.Module], *, with_optimizer: bool) -> dict[str, tuple[int, ...]]:
+    """Return every key that a checkpoint of this rank's chunks holds, with the shape of the whole tensor."""
+    shapes = {}
+    for item in global_parameters(unwrapped(chunks)):
+        shapes[model_key(item.name)] = item.global_shape
+        if with_optimizer and item.parameter.requires_grad:
+            shapes |= {optimizer_key(item.name, kind): item.global_shape for kind in KINDS}
+    return shapes
+
+
+def _written_here(items: Sequence[GlobalParameter], *, topology: Topology) -> dict[nn.Parameter, GlobalParameter]:
+    """Choose the parameters this rank writes: one writer a shard, spread by size over the data-parallel ranks."""
+    loads = [0] * topology.data_size
+    owner: dict[nn.Parameter, int] = {}
+    for item in sorted(items, key=lambda item: (-item.parameter.numel(), item.name)):
+        owner[item.parameter] = loads.index(min(loads))
+        loads[owner[item.parameter]] += item.parameter.numel()
+    return {
+        item.parameter: item
+        for item in items
+        if owner[item.parameter] == topology.data_rank
+        and not item.tied_copy
+        and (item.split_dim is not None or topology.tensor_rank == 0)
+    }
+
+
+def _sharded(item: GlobalParameter, key: str, tensor: torch.Tensor) -> ShardedTensor:
+    offsets = [] if item.split_dim is None else [(item.split_dim, item.shard_index, item.shards)]
+    return ShardedTensor.from_rank_offsets(key, item.local_view(tensor), *offsets, replica_id=0)
+
+
+def _request(item: GlobalParameter, key: str, dtype: torch.dtype) -> ShardedTensor:
+    return _sharded(item, key, torch.empty(item.parameter.shape, dtype=dtype, device="meta")).without_data()

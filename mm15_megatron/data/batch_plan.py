@@ -1,0 +1,72 @@
+"""How many rows a step has, and which rank takes which: pure functions of the rows consumed so far."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mm15_megatron.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """The dealing of rows to ranks.
+
+    A step takes the next ``rows_of_step(consumed)`` rows. Its k-th micro-batches, over all data-parallel ranks, are
+    consecutive rows, so the set of rows of a step does not depend on the number of ranks.
+
+    Attributes:
+        global_batch_size: rows of a step.
+        micro_batch_size: rows of one forward pass on one rank.
+        data_size: data-parallel ranks.
+        rampup: (start, increment, rows): the batch grows from ``start`` by ``increment`` in equal shares of ``rows``.
+
+    Raises:
+        ConfigError: if a batch size that occurs cannot be split over ranks and micro-batches.
+    """
+
+    global_batch_size: int
+    micro_batch_size: int
+    data_size: int
+    rampup: tuple[int, int, int] | None = None
+
+    def __post_init__(self) -> None:
+        """Check that every batch size of the run can be split."""
+        sizes = [self.global_batch_size]
+        if self.rampup:
+            start, increment, rows = self.rampup
+            growth = self.global_batch_size - start
+            if start < 1 or increment < 1 or rows < 1 or growth < 0 or growth % increment:
+                raise ConfigError(
+                    f"train.rampup_batch_size {self.rampup} does not lead to global_batch_size {self.global_batch_size}",
+                    fix="choose start and increment so that start + k * increment is the global batch size",
+                )
+            sizes = [*range(start, self.global_batch_size, increment), self.global_batch_size]
+        unit = self.micro_batch_size * self.data_size
+        uneven = [size for size in sizes if unit < 1 or size < 1 or size % unit]
+        if uneven:
+            raise ConfigError(
+                f"batch sizes {uneven} cannot be split over {self.data_size} data-parallel ranks x micro-batches of "
+                f"{self.micro_batch_size} rows",
+                fix=f"use multiples of {unit} for train.global_batch_size and train.rampup_batch_size",
+            )
+
+    def rows_of_step(self, consumed: int) -> int:
+        """Return the rows of the step that starts after ``consumed`` rows."""
+        if self.rampup is None or consumed >= self.rampup[2]:
+            return self.global_batch_size
+        start, increment, rows = self.rampup
+        increments = (self.global_batch_size - start) // increment
+        return start + consumed * increments // rows * increment
+
+    def micro_batches_per_step(self, consumed: int) -> int:
+        """Return the micro-batches each rank runs in the step that starts after ``consumed`` rows."""
+        return self.rows_of_step(consumed) // (self.micro_batch_size * self.data_size)
+
+    def micro_batches(self, consumed: int, data_rank: int) -> tuple[tuple[int, ...], ...]:
+        """Return the row indices of each micro-batch of one rank, for the step that starts after ``consumed`` rows."""
+        size, stride = self.micro_batch_size, self.micro_batch_size * self.data_size
+        first = consumed + data_rank * size
+        return tuple(
+            tuple(range(at, at + size))
+            for at in range(first, first + self.micro_batches_per_step(consumed) * stride, stride)
+        )

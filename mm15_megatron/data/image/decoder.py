@@ -1,0 +1,148 @@
+"""Decoding that never crashes: allowed magic bytes, size checked first, a bad image harms no other.
+
+Legend: H, W pixels of an image; C = 3 channels (RGB).
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from mm15_megatron.errors import DataError
+
+Bytes = npt.NDArray[np.uint8]
+
+_MAGIC: Final = (
+    (b"\xff\xd8\xff", "jpeg"), (b"\x89PNG\r\n\x1a\n", "png"), (b"BM", "bmp"),
+    (b"II*\x00", "tiff"), (b"MM\x00*", "tiff"),
+)  # fmt: skip
+# Refused by name: a corrupt JPEG 2000 ends the process inside the native decoder, which reads no GIF.
+_REFUSED: Final = (
+    (b"\x00\x00\x00\x0cjP  ", "JPEG 2000"), (b"\xff\x4f\xff\x51", "JPEG 2000"), (b"GIF8", "GIF"),
+)  # fmt: skip
+
+
+class DecodeFailure(Exception):
+    """A codec could not read an image; the message is the reason. It never leaves this package."""
+
+
+class ImageCodec(Protocol):
+    """An image library. Both methods raise :class:`DecodeFailure` and nothing else for bad bytes."""
+
+    def peek(self, data: Bytes) -> tuple[int, int]:
+        """Return (height, width) after EXIF orientation, from the header alone."""
+        ...
+
+    def decode(self, batch: Sequence[Bytes]) -> list[torch.Tensor]:
+        """Return one uint8 [H, W, 3] tensor an image, EXIF orientation applied; any bad image may fail all."""
+        ...
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """One image: uint8 [H, W, 3], or None and the reason."""
+
+    pixels_HWC: torch.Tensor | None
+    problem: str = ""
+
+
+def sniff(data: Bytes | bytes) -> str:
+    """Return jpeg, png, bmp, tiff or webp by the first bytes.
+
+    Raises:
+        DecodeFailure: for any other content, naming it where it is known.
+    """
+    head = bytes(data[:16])
+    for magic, name in _MAGIC:
+        if head.startswith(magic):
+            return name
+    if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
+        return "webp"
+    for magic, name in _REFUSED:
+        if head.startswith(magic):
+            raise DecodeFailure(f"{name} is refused: transcode it to PNG")
+    raise DecodeFailure("no bytes" if not head else f"not an allowed image format (starts with {head[:8]!r})")
+
+
+class ImageDecoder:
+    """Decode batches of encoded images by one codec and the safety rules.
+
+    Args:
+        codec: the library that decodes.
+        max_pixels: images with more pixels are refused before they are decoded.
+    """
+
+    def __init__(self, codec: ImageCodec, *, max_pixels: int) -> None:
+        self._codec = codec
+        self._max_pixels = max_pixels
+
+    def decode(self, images: Sequence[Bytes], *, sizes: Sequence[tuple[int, int]]) -> list[Decoded]:
+        """Decode ``images``; a bad one yields a reason, the others are what they would be alone.
+
+        Args:
+            images: encoded bytes.
+            sizes: the (height, width) each image must have; another size is a bad image.
+        """
+        results: list[Decoded] = [Decoded(None)] * len(images)
+        good: list[int] = []
+        for index, (data, size) in enumerate(zip(images, sizes, strict=True)):
+            try:
+                self._check_header(data, size)
+            except DecodeFailure as failure:
+                results[index] = Decoded(None, str(failure))
+            else:
+                good.append(index)
+        for index, decoded in zip(good, self._decode_checked([images[i] for i in good]), strict=True):
+            results[index] = _of_size(decoded, sizes[index])
+        return results
+
+    def _check_header(self, data: Bytes, size: tuple[int, int]) -> None:
+        sniff(data)
+        height, width = self._codec.peek(data)
+        if height < 1 or width < 1 or height * width > self._max_pixels:
+            raise DecodeFailure(f"{height}x{width} pixels, the limit is {self._max_pixels}")
+        if (height, width) != size:
+            raise DecodeFailure(f"{height}x{width} pixels, the dataset says {size[0]}x{size[1]}")
+
+    def _decode_checked(self, images: list[Bytes]) -> list[Decoded]:
+        if not images:
+            return []
+        try:
+            return [Decoded(pixels) for pixels in self._codec.decode(images)]
+        except DecodeFailure as failure:
+            if len(images) == 1:
+                return [Decoded(None, str(failure))]
+        return [self._decode_checked([image])[0] for image in images]  # one by one: find the bad, keep the rest
+
+
+def _of_size(decoded: Decoded, size: tuple[int, int]) -> Decoded:
+    pixels = decoded.pixels_HWC
+    if pixels is None or tuple(pixels.shape) == (*size, 3):
+        return decoded
+    return Decoded(None, f"decoded to {tuple(pixels.shape)}, the header says {size[0]}x{size[1]}")
+
+
+def build_decoder(name: str, *, max_pixels: int, threads: int = 1) -> ImageDecoder:
+    """Build the decoder ``data.decoder`` asks for; the library is imported here and not before.
+
+    Args:
+        name: dali | pil.
+        max_pixels: see :class:`ImageDecoder`.
+        threads: threads of the native decoder.
+
+    Raises:
+        DataError: for another name.
+        BackendError: if the library cannot be imported.
+    """
+    modules = {"dali": "decode_dali", "pil": "decode_pil"}
+    if name not in modules:
+        raise DataError(f"unknown image decoder {name!r}", fix="set data.decoder to dali or pil")
+    module = importlib.import_module(f"mm15_megatron.data.image.{modules[name]}")
+    codec: ImageCodec = module.build_codec(threads=threads)
+    return ImageDecoder(codec, max_pixels=max_pixels)

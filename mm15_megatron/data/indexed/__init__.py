@@ -1,0 +1,1 @@
+"""Indexed datasets on disk: format, writer, reader."""

@@ -1,0 +1,143 @@
+"""Connectors from patch features to language tokens: C-Abstractor and average pooling (MM1 section 3).
+
+The grids stay channels-last, so that a 1x1 convolution is a linear layer and its norm is over the last dimension.
+
+N: tiles; P: patches of a tile in row-major order; D: width of the encoder; Y, X: rows and columns of a grid;
+C: channels of the C-Abstractor; H: width of the decoder.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from mm15_megatron.config.schema import RunConfig
+from mm15_megatron.errors import ConfigError
+from mm15_megatron.models.transformer_config import DTYPES
+from mm15_megatron.models.vision_encoder import interpolate_positions
+
+
+def build_connector(cfg: RunConfig) -> nn.Module:
+    """Build the connector that ``connector.kind`` names: features [N, P, D] -> tokens [N, connector.num_tokens, H].
+
+    Its parameters are replicated over tensor-parallel ranks and left for ``initialise.py`` to fill.
+
+    Raises:
+        ConfigError: if the kind is unknown or the number of tokens is not a perfect square.
+    """
+    connector = cfg.connector
+    if connector.output_grid_size**2 != connector.num_tokens:
+        raise ConfigError(
+            f"connector.num_tokens = {connector.num_tokens} is not a perfect square", fix="use 64, 81 or 144"
+        )
+    if connector.kind == "c_abstractor":
+        return CAbstractor(cfg)
+    if connector.kind == "average_pool":
+        return AveragePoolConnector(cfg)
+    raise ConfigError(f"connector.kind = {connector.kind!r} is not a connector", fix="use c_abstractor or average_pool")
+
+
+class AveragePoolConnector(nn.Module):
+    """Adaptive average pooling to the output grid, then one linear layer."""
+
+    def __init__(self, cfg: RunConfig) -> None:
+        super().__init__()
+        self.output_grid = cfg.connector.output_grid_size
+        self.projection = nn.Linear(cfg.vision.hidden_size, cfg.language.hidden_size, **_placement(cfg))
+
+    def forward(self, features_NPD: torch.Tensor) -> torch.Tensor:
+        """Pool and project [N, P, D] -> [N, num_tokens, H]."""
+        return self.projection(_pool(_as_grid(features_NPD), self.output_grid).flatten(1, 2))
+
+
+class CAbstractor(nn.Module):
+    """Residual blocks, adaptive average pooling, residual blocks, MLP (Honeybee's C-Abstractor; MM1 section 3.2)."""
+
+    def __init__(self, cfg: RunConfig) -> None:
+        super().__init__()
+        connector, width = cfg.connector, cfg.vision.hidden_size
+        placement = _placement(cfg)
+        self.output_grid = connector.output_grid_size
+        self.stored_grid = cfg.vision.stored_grid_size
+        self.position_embedding = (
+            nn.Parameter(torch.zeros(self.stored_grid**2, width, **placement)) if connector.position_embedding else None
+        )
+        channels, eps = connector.hidden_size, connector.norm_epsilon
+        before = [width] + [channels] * (connector.depth - 1)
+        self.before_pool = nn.Sequential(*(ResidualBlock(c, channels, eps=eps, **placement) for c in before))
+        self.after_pool = nn.Sequential(
+            *(ResidualBlock(channels, channels, eps=eps, **placement) for _ in range(connector.depth))
+        )
+        layers: list[nn.Module] = [nn.Linear(channels, cfg.language.hidden_size, **placement)]
+        for _ in range(connector.mlp_depth - 1):
+            layers += [nn.SiLU(), nn.Linear(cfg.language.hidden_size, cfg.language.hidden_size, **placement)]
+        self.mlp = nn.Sequential(*layers)
+
+    def forward(self, features_NPD: torch.Tensor) -> torch.Tensor:
+        """Abstract [N, P, D] -> [N, num_tokens, H]."""
+        x_NYXD = _as_grid(features_NPD)
+        if self.position_embedding is not None:
+            table_PD = interpolate_positions(
+                self.position_embedding, source_grid=self.stored_grid, target_grid=x_NYXD.shape[1], prefix_tokens=0
+            )
+            x_NYXD = x_NYXD + _as_grid(table_PD[None])
+        x_NYXC = self.after_pool(_pool(self.before_pool(x_NYXD), self.output_grid))
+        return self.mlp(x_NYXC.flatten(1, 2))
+
+
+class ResidualBlock(nn.Module):
+    """RegNet bottleneck on a channels-last grid: 1x1, depthwise 3x3, squeeze-excite, 1x1, shortcut, SiLU.
+
+    Args:
+        channels_in: channels of the input.
+        channels: channels of the output; the shortcut is projected if they differ.
+        eps: epsilon of the per-pixel LayerNorms.
+        dtype: dtype of the parameters.
+        device: where they lie.
+    """
+
+    def __init__(
+        self, channels_in: int, channels: int, *, eps: float, dtype: torch.dtype, device: torch.device | int
+    ) -> None:
+        super().__init__()
+        placement: dict[str, Any] = {"dtype": dtype, "device": device}
+        squeezed = round(0.25 * channels_in)
+        self.expand = nn.Linear(channels_in, channels, bias=False, **placement)
+        self.expand_norm = nn.LayerNorm(channels, eps, **placement)
+        self.depthwise = nn.Conv2d(channels, channels, 3, padding=1, groups=channels, bias=False, **placement)
+        self.depthwise_norm = nn.LayerNorm(channels, eps, **placement)
+        self.squeeze = nn.Linear(channels, squeezed, **placement)
+        self.excite = nn.Linear(squeezed, channels, **placement)
+        self.project = nn.Linear(channels, channels, bias=False, **placement)
+        self.project_norm = nn.LayerNorm(channels, eps, **placement)
+        projected = channels_in != channels
+        self.shortcut = nn.Linear(channels_in, channels, bias=False, **placement) if projected else nn.Identity()
+        self.shortcut_norm = nn.LayerNorm(channels, eps, **placement) if projected else nn.Identity()
+
+    def forward(self, x_NYXC: torch.Tensor) -> torch.Tensor:
+        """Transform a grid [N, Y, X, channels_in] -> [N, Y, X, channels]."""
+        main = F.silu(self.expand_norm(self.expand(x_NYXC)))
+        # A permuted channels-last view is what the convolution calls channels_last memory: nothing is copied.
+        main = self.depthwise(main.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        main = F.silu(self.depthwise_norm(main))
+        gate = torch.sigmoid(self.excite(F.silu(self.squeeze(main.mean(dim=(1, 2), keepdim=True)))))
+        main = self.project_norm(self.project(main * gate))
+        return F.silu(main + self.shortcut_norm(self.shortcut(x_NYXC)))
+
+
+def _placement(cfg: RunConfig) -> dict[str, Any]:
+    return {"dtype": DTYPES[cfg.kernels.params_dtype], "device": torch.cuda.current_device()}
+
+
+def _as_grid(x_NPD: torch.Tensor) -> torch.Tensor:
+    """View row-major patches [N, P, D] as a square grid [N, Y, X, D]."""
+    side = round(x_NPD.shape[1] ** 0.5)
+    return x_NPD.unflatten(1, (side, side))
+
+
+def _pool(x_NYXC: torch.Tensor, side: int) -> torch.Tensor:
+    """Average over windows [floor(i Y / side), ceil((i + 1) Y / side)); they overlap if ``side`` does not divide Y."""
+    return F.adaptive_avg_pool2d(x_NYXC.permute(0, 3, 1, 2), side).permute(0, 2, 3, 1)

@@ -1,0 +1,119 @@
+"""Parameters by their global name: one description of what every shard is a shard of.
+
+A layout decides which rank holds which slice; the name and the shape of the whole parameter do not depend on it. Initial
+weights, gathered gradients, checkpoints and conversions all read this one description.
+
+Two facts make a shard more than a slice. A stage numbers its layers from zero, so names carry the global layer number instead.
+And the first linear layer of a gated MLP holds [gate; up] on every rank, so its whole is described as [2, ffn, hidden], split
+along its middle dimension.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.distributed import ProcessGroup
+
+_LAYER = re.compile(r"^(?P<block>.*\.(?:decoder|blocks)\.layers\.)(?P<index>\d+)\.")
+# Transformer Engine keeps a layer norm inside the linear layer that follows it; the global name is the plain one.
+_FUSED_NORMS = (
+    (".self_attention.linear_qkv.layer_norm_", ".input_layernorm."),
+    (".mlp.linear_fc1.layer_norm_", ".pre_mlp_layernorm."),
+)
+
+
+@dataclass(frozen=True)
+class GlobalParameter:
+    """One parameter of this rank and the whole it belongs to.
+
+    Attributes:
+        name: global name, equal in every layout and backend.
+        parameter: the local tensor.
+        split_dim: dimension of ``local_view`` that is split over the tensor-parallel group; None = replicated.
+        gated: the local tensor is [gate; up] stacked along dimension 0 and viewed as [2, rows, columns].
+        tensor_group: the group it is split over (or replicated in).
+        tied_copy: a second copy of a parameter that lives on another stage (tied embeddings on the last stage).
+    """
+
+    name: str
+    parameter: nn.Parameter
+    split_dim: int | None
+    gated: bool
+    tensor_group: ProcessGroup
+    tied_copy: bool = False
+
+    @property
+    def shards(self) -> int:
+        """Into how many slices the whole is split."""
+        return self.tensor_group.size() if self.split_dim is not None else 1
+
+    @property
+    def shard_index(self) -> int:
+        """Which slice this rank holds."""
+        return self.tensor_group.rank() if self.split_dim is not None else 0
+
+    def local_view(self, tensor: torch.Tensor) -> torch.Tensor:
+        """View a tensor of the parameter's shape (weight, gradient, optimizer state) as a plain slice of the whole."""
+        return tensor.view(2, tensor.shape[0] // 2, *tensor.shape[1:]) if self.gated else tensor
+
+    @property
+    def global_shape(self) -> tuple[int, ...]:
+        """Shape of the whole, in the form of ``local_view``."""
+        shape = list(self.local_view(self.parameter.data).shape)
+        if self.split_dim is not None:
+            shape[self.split_dim] *= self.shards
+        return tuple(shape)
+
+    def slice_of(self, whole: torch.Tensor) -> torch.Tensor:
+        """This rank's slice of a whole tensor, in the shape of the parameter."""
+        if self.split_dim is not None:
+            whole = whole.chunk(self.shards, dim=self.split_dim)[self.shard_index]
+        return whole.reshape(self.parameter.shape)
+
+    def gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Collect the slices of the whole from the tensor-parallel group (every rank of it must call)."""
+        local = self.local_view(tensor.detach()).contiguous()
+        if self.shards == 1:
+            return local.clone()
+        parts = [torch.empty_like(local) for _ in range(self.shards)]
+        torch.distributed.all_gather(parts, local, group=self.tensor_group)
+        return torch.cat(parts, dim=self.split_dim or 0)
+
+
+def global_name(local_name: str, *, first_layer: int) -> str:
+    """Translate a parameter name of this rank's model to the global one.
+
+    Args:
+        local_name: name inside the unwrapped model; layers counted from zero on this stage.
+        first_layer: global index of the stage's first decoder layer.
+    """
+    match = _LAYER.match(local_name)
+    if match and match["block"].endswith("decoder.layers."):
+        local_name = f"{match['block']}{int(match['index']) + first_layer}.{local_name[match.end() :]}"
+    for fused, plain in _FUSED_NORMS:
+        local_name = local_name.replace(fused, plain)
+    return local_name
+
+
+def global_parameters(chunks: Iterable[nn.Module]) -> Iterator[GlobalParameter]:
+    """Describe every parameter of this rank's model chunks (MM15Model, unwrapped), in a fixed order."""
+    for chunk in chunks:
+        tied_on_last = chunk.share_embeddings_and_output_weights and not chunk.pre_process
+        for local_name, parameter in chunk.named_parameters():
+            name = global_name(local_name, first_layer=chunk.first_layer)
+            tied_copy = tied_on_last and name == "language_model.output_layer.weight"
+            split = bool(getattr(parameter, "tensor_model_parallel", False))
+            gated = split and parameter.partition_stride == 2
+            dim = (parameter.partition_dim + (1 if gated else 0)) if split else None
+            yield GlobalParameter(
+                name="language_model.embedding.word_embeddings.weight" if tied_copy else name,
+                parameter=parameter,
+                split_dim=dim,
+                gated=gated,
+                tensor_group=chunk.tensor_group,
+                tied_copy=tied_copy,
+            )

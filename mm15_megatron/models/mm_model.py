@@ -1,0 +1,162 @@
+"""The multimodal model: ViT encoder -> connector -> decoder LLM, one pipeline stage of it.
+
+T: tokens of the packed row (R rows of S end to end); N: tiles of this rank; P: slots of a tile; H: language width;
+V: this rank's share of the vocabulary.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+from megatron.core.enums import ModelType
+from megatron.core.models.gpt import GPTModel
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.mappings import (
+    gather_from_sequence_parallel_region,
+    scatter_to_sequence_parallel_region,
+)
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+
+from mm15_megatron.accounting import padded_vocab_size, pipeline_layer_split
+from mm15_megatron.batch import MMBatch
+from mm15_megatron.config.schema import RunConfig
+from mm15_megatron.errors import DataError
+from mm15_megatron.models.attention import packed_rows
+from mm15_megatron.models.backend import Backend
+from mm15_megatron.models.connector import build_connector
+from mm15_megatron.models.image_merge import merge_image_tokens
+from mm15_megatron.models.layer_specs import block_spec, dense_layer_spec
+from mm15_megatron.models.rope import rotary_table
+from mm15_megatron.models.transformer_config import language_transformer_config
+from mm15_megatron.models.vision_encoder import VisionEncoder
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Where a model chunk stands in the pipeline.
+
+    Attributes:
+        groups: megatron-core's process groups.
+        encoder_groups: the groups the encoder is built on.
+        pre_process: the chunk embeds tokens and encodes images.
+        post_process: the chunk ends with the output layer.
+        shares_tiles: each tensor-parallel rank encodes a share of the tiles.
+    """
+
+    groups: ProcessGroupCollection
+    encoder_groups: ProcessGroupCollection
+    pre_process: bool
+    post_process: bool
+    shares_tiles: bool
+
+
+class MM15Model(MegatronModule):
+    """One chunk of the model.
+
+    ``forward`` takes an :class:`MMBatch` and returns logits [1, T, V] on the last stage, hidden states [T, 1, H] (this rank's
+    sequence shard under sequence parallelism) on the others.
+    """
+
+    def __init__(self, cfg: RunConfig, *, backend: Backend, stage: Stage) -> None:
+        config = language_transformer_config(cfg)
+        super().__init__(config)
+        language = cfg.language
+        self.model_type = ModelType.encoder_or_decoder
+        self.stage = stage
+        self.pre_process, self.post_process = stage.pre_process, stage.post_process
+        self.share_embeddings_and_output_weights = language.share_embeddings_and_output_weights
+        self.tensor_group = stage.groups.tp
+        self.first_layer = get_transformer_layer_offset(config, None, stage.groups.pp.rank())
+        self.rotary_base, self.head_dim = language.rotary_base, language.kv_channels
+        self.encoder_is_frozen = cfg.freeze.vision
+        if self.pre_process:
+            self.vision_encoder = VisionEncoder(cfg, backend=backend, groups=stage.encoder_groups)
+            self.connector = build_connector(cfg)
+            if stage.shares_tiles:
+                clear_tensor_parallel_marks(self.vision_encoder)
+        layer = dense_layer_spec(backend, mask=AttnMaskType.causal, qk_layernorm=language.qk_layernorm)
+        num_layers = layers_of_stage(cfg, stage.groups.pp.rank())
+        self.language_model = GPTModel(
+            config=config,
+            transformer_layer_spec=block_spec(backend, layer, num_layers=num_layers),
+            vocab_size=padded_vocab_size(cfg),
+            max_sequence_length=cfg.data.seq_length,
+            pre_process=self.pre_process,
+            post_process=self.post_process,
+            parallel_output=True,
+            share_embeddings_and_output_weights=self.share_embeddings_and_output_weights,
+            position_embedding_type="none",
+            scatter_embedding_sequence_parallel=False,
+            pg_collection=stage.groups,
+        )
+        self._freeze(cfg)
+
+    def _freeze(self, cfg: RunConfig) -> None:
+        frozen = [self.language_model] if cfg.freeze.language else []
+        if self.pre_process:
+            frozen += [self.vision_encoder] if cfg.freeze.vision else []
+            frozen += [self.connector] if cfg.freeze.connector else []
+        for module in frozen:
+            module.requires_grad_(False)
+
+    def set_input_tensor(self, input_tensor: list[torch.Tensor] | torch.Tensor) -> None:
+        """Receive the previous stage's hidden states (called by megatron-core's schedules)."""
+        self.language_model.set_input_tensor(input_tensor)
+
+    def shared_embedding_or_output_weight(self) -> torch.Tensor | None:
+        """Return the tied weight of this stage (megatron-core sums its gradient over the first and the last stage)."""
+        return self.language_model.shared_embedding_or_output_weight()
+
+    def image_tokens(self, batch: MMBatch) -> torch.Tensor:
+        """Encode this rank's tiles and return the tokens of all tiles of the micro-batch, [N, P, H].
+
+        With a shared encoder every tensor-parallel rank encodes the same number of tiles and the tokens are gathered; the
+        gradient of the gather is a split, and ``parallel/reduce.py`` sums the encoder's gradients afterwards.
+        """
+        if batch.tiles_N3HW is None or batch.slots_NP is None:
+            raise DataError("a micro-batch without tiles or slots reached the encoder", fix="build it with reads_images=True")
+        with torch.no_grad() if self.encoder_is_frozen else nullcontext():
+            features = self.vision_encoder(batch.tiles_N3HW)
+        tokens_NPH = self.connector(features)
+        if self.stage.shares_tiles and self.tensor_group.size() > 1:
+            tokens_NPH = gather_from_sequence_parallel_region(
+                tokens_NPH.contiguous(), tensor_parallel_output_grad=False, group=self.tensor_group
+            )
+        return tokens_NPH[: batch.slots_NP.shape[0]]
+
+    def forward(self, batch: MMBatch) -> torch.Tensor:
+        """Run this stage on one micro-batch."""
+        rotary = rotary_table(batch.position_ids_T, head_dim=self.head_dim, base=self.rotary_base)
+        rows = packed_rows(batch.segment_bounds_G, max_segment=batch.max_segment, rotary=rotary)
+        merged = self._embed(batch) if self.pre_process else None
+        return self.language_model(
+            input_ids=None,
+            position_ids=None,
+            attention_mask=None,
+            decoder_input=merged,
+            packed_seq_params=rows,
+        )
+
+    def _embed(self, batch: MMBatch) -> torch.Tensor:
+        if batch.tokens_T is None:
+            raise DataError("a micro-batch without tokens reached the first stage", fix="keep tokens_T on stage 0")
+        text_T1H = self.language_model.embedding(input_ids=batch.tokens_T[None], position_ids=None)
+        merged_T1H = merge_image_tokens(text_T1H, self.image_tokens(batch), batch.slots_NP)
+        if self.config.sequence_parallel:
+            merged_T1H = scatter_to_sequence_parallel_region(merged_T1H, group=self.tensor_group)
+        return merged_T1H
+
+
+def layers_of_stage(cfg: RunConfig, stage: int) -> int:
+    """Decoder layers of one pipeline stage."""
+    return pipeline_layer_split(cfg)[stage]
+
+
+def clear_tensor_parallel_marks(module: torch.nn.Module) -> None:
+    """Make a module that is whole on every tensor-parallel rank look replicated, so that norms count it once."""
+    for parameter in module.parameters():
+        parameter.tensor_model_parallel = False  # type: ignore[attr-defined]

@@ -1,0 +1,131 @@
+"""The CLIP vision transformer on megatron-core's transformer block (MM1 sections 2.2 and 2.3).
+
+N: tiles; H, W: sides of a tile in pixels; P: patches of a tile in row-major order; S: tokens of a tile, P plus the
+class token; D: width of the encoder; G: tokens of a position table.
+"""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_block import TransformerBlock
+from torch import nn
+from torch.nn import functional as F
+
+from mm15_megatron.config.schema import RunConfig
+from mm15_megatron.errors import ConfigError
+from mm15_megatron.models.backend import Backend
+from mm15_megatron.models.layer_specs import block_spec, dense_layer_spec
+from mm15_megatron.models.transformer_config import vision_transformer_config
+
+
+def interpolate_positions(
+    table_GD: torch.Tensor, *, source_grid: int, target_grid: int, prefix_tokens: int
+) -> torch.Tensor:
+    """Resize a learned position table to another square grid (bicubic, half-pixel centres, no antialiasing).
+
+    Args:
+        table_GD: [prefix_tokens + source_grid ** 2, D], any floating dtype; patches in row-major order.
+        source_grid: patches along one side of the stored grid.
+        target_grid: patches along one side of the wanted grid.
+        prefix_tokens: rows at the front that belong to no patch (the class token's) and are kept as they are.
+
+    Returns:
+        [prefix_tokens + target_grid ** 2, D] in the dtype of ``table_GD``, computed in fp32; the table itself if the
+        grids are equal.
+
+    Raises:
+        ConfigError: if the table does not have the rows that the grid and the prefix say.
+    """
+    expected = prefix_tokens + source_grid**2
+    if table_GD.shape[0] != expected:
+        raise ConfigError(
+            f"a position table of {table_GD.shape[0]} rows is not a grid of {source_grid} x {source_grid} patches "
+            f"after {prefix_tokens} other tokens ({expected} rows)",
+            fix="set vision.image_size, vision.position_grid_size and vision.class_token to those of the weights",
+        )
+    if source_grid == target_grid:
+        return table_GD
+    prefix, patches = table_GD.split([prefix_tokens, source_grid**2])
+    grid_1DHW = patches.float().unflatten(0, (source_grid, source_grid)).permute(2, 0, 1)[None]
+    resized_1DHW = F.interpolate(grid_1DHW, size=(target_grid, target_grid), mode="bicubic", align_corners=False)
+    return torch.cat((prefix, resized_1DHW.flatten(2)[0].T.to(table_GD.dtype)))
+
+
+class VisionEncoder(MegatronModule):
+    """CLIP ViT: patches, class token and learned positions, a LayerNorm before the blocks, pre-norm blocks.
+
+    The blocks after ``vision.feature_layer`` are not built. ``vision.post_layernorm`` adds ln_post on the features.
+    Parameters are left for ``initialise.py`` to fill.
+
+    Args:
+        cfg: the run.
+        backend: the classes its layers are made of.
+        groups: process groups of the encoder: of size one for a data-parallel encoder, with the real tensor-parallel
+            group for a tensor-parallel one. It is never pipelined.
+    """
+
+    def __init__(self, cfg: RunConfig, *, backend: Backend, groups: ProcessGroupCollection) -> None:
+        config = vision_transformer_config(cfg)
+        super().__init__(config)
+        vision = cfg.vision
+        width, patch = vision.hidden_size, vision.patch_size
+        self.patch_size = patch
+        self.stored_grid = vision.stored_grid_size
+        self.prefix_tokens = int(vision.class_token)
+        placement = {"dtype": config.params_dtype, "device": torch.cuda.current_device()}
+        self.patch_embedding = nn.Conv2d(3, width, patch, stride=patch, bias=False, **placement)
+        self.class_token = nn.Parameter(torch.zeros(width, **placement)) if vision.class_token else None
+        self.position_embedding = nn.Parameter(
+            torch.zeros(self.prefix_tokens + self.stored_grid**2, width, **placement)
+        )
+        self.pre_layernorm = backend.norm(config, width, config.layernorm_epsilon)
+        self.blocks = TransformerBlock(
+            config=config,
+            spec=block_spec(
+                backend, dense_layer_spec(backend, mask=AttnMaskType.no_mask), num_layers=config.num_layers
+            ),
+            post_layer_norm=vision.post_layernorm,
+            pg_collection=groups,
+        )
+
+    def forward(self, tiles_N3HW: torch.Tensor) -> torch.Tensor:
+        """Encode tiles.
+
+        Args:
+            tiles_N3HW: [N, 3, H, H], normalised pixels of any floating dtype; H is any multiple of the patch size.
+
+        Returns:
+            [N, P, D] in the dtype of the parameters; the class token is dropped.
+
+        Raises:
+            ConfigError: if the tiles are not square or not a whole number of patches.
+        """
+        x_SND = self._patches(tiles_N3HW)
+        table_SD = interpolate_positions(
+            self.position_embedding,
+            source_grid=self.stored_grid,
+            target_grid=tiles_N3HW.shape[-1] // self.patch_size,
+            prefix_tokens=self.prefix_tokens,
+        )
+        if self.class_token is not None:
+            x_SND = torch.cat((self.class_token.expand(1, x_SND.shape[1], -1), x_SND))
+        x_SND = self.pre_layernorm(x_SND + table_SD[:, None])
+        x_SND = self.blocks(x_SND, attention_mask=None)
+        return x_SND[self.prefix_tokens :].transpose(0, 1)
+
+    def _patches(self, tiles_N3HW: torch.Tensor) -> torch.Tensor:
+        """Embed the patches, [P, N, D]: a convolution whose stride is its kernel is one matrix product."""
+        tiles, channels, height, width = tiles_N3HW.shape
+        patch = self.patch_size
+        if height != width or height % patch:
+            raise ConfigError(
+                f"a tile of {height} x {width} pixels is not a square of {patch}-pixel patches",
+                fix=f"make vision.image_size a multiple of vision.patch_size ({patch})",
+            )
+        grid = height // patch
+        pixels = tiles_N3HW.to(self.patch_embedding.weight.dtype)
+        pixels = pixels.reshape(tiles, channels, grid, patch, grid, patch).permute(2, 4, 0, 1, 3, 5)
+        return F.linear(pixels.reshape(grid * grid, tiles, -1), self.patch_embedding.weight.flatten(1))

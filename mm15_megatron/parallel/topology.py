@@ -1,0 +1,145 @@
+"""The process groups of a run and this rank's place in each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
+from torch.distributed import ProcessGroup
+
+from mm15_megatron.batch import RankView
+from mm15_megatron.config.schema import ParallelConfig
+from mm15_megatron.errors import BackendError
+from mm15_megatron.parallel import cpu_emulation
+from mm15_megatron.parallel.rendezvous import Rendezvous, join
+
+
+@dataclass(frozen=True)
+class Topology:
+    """Groups, sizes and ranks.
+
+    Attributes:
+        place: what the launcher said.
+        device: the device this rank computes on.
+        groups: megatron-core's process groups.
+        encoder_groups: the groups the encoder is built on: pipeline size 1, and tensor size 1 when it is data-parallel
+            inside the tensor-parallel group.
+        tensor_rank: rank in the tensor-parallel group.
+        tensor_size: its size.
+        pipeline_rank: stage.
+        pipeline_size: stages.
+        data_rank: rank in the data-parallel group.
+        data_size: its size.
+        encoder_shares_tiles: True when each tensor rank encodes a share of the tiles.
+    """
+
+    place: Rendezvous
+    device: torch.device
+    groups: ProcessGroupCollection
+    encoder_groups: ProcessGroupCollection
+    tensor_rank: int
+    tensor_size: int
+    pipeline_rank: int
+    pipeline_size: int
+    data_rank: int
+    data_size: int
+    encoder_shares_tiles: bool
+
+    @property
+    def is_first_stage(self) -> bool:
+        """Whether this rank embeds tokens and encodes images."""
+        return self.pipeline_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether this rank computes the loss."""
+        return self.pipeline_rank == self.pipeline_size - 1
+
+    @property
+    def view(self) -> RankView:
+        """What the data pipeline has to know."""
+        return RankView(
+            data_rank=self.data_rank,
+            data_size=self.data_size,
+            tensor_rank=self.tensor_rank,
+            tensor_size=self.tensor_size,
+            reads_images=self.is_first_stage,
+            shares_tiles=self.encoder_shares_tiles,
+        )
+
+
+def prepare_device(device: str, *, local_rank: int) -> torch.device:
+    """Select this rank's device before any group exists.
+
+    Raises:
+        BackendError: if CUDA was asked for and is absent, or this machine has too few GPUs.
+    """
+    if device == "cpu":
+        cpu_emulation.install()
+        return torch.device("cpu")
+    if cpu_emulation.is_installed() or not torch.cuda.is_available():
+        raise BackendError(
+            f"parallel.device = cuda, but torch {torch.__version__} finds no usable CUDA device",
+            fix="set parallel.device=cpu, or install a CUDA build of torch on a machine with a GPU",
+        )
+    if local_rank >= torch.cuda.device_count():
+        raise BackendError(
+            f"local rank {local_rank} has no GPU: this machine shows {torch.cuda.device_count()}",
+            fix="start at most one rank for each GPU",
+        )
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+def build_topology(parallel: ParallelConfig, *, place: Rendezvous) -> Topology:
+    """Join the job and build every process group of the layout.
+
+    Raises:
+        BackendError: if the device is not usable.
+    """
+    device = prepare_device(parallel.device, local_rank=place.local_rank)
+    if not torch.distributed.is_initialized():
+        join(place, device=parallel.device, timeout_minutes=parallel.distributed_timeout_minutes)
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
+        context_parallel_size=parallel.context_parallel_size,
+        expert_model_parallel_size=parallel.expert_model_parallel_size,
+        expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
+        distributed_timeout_minutes=parallel.distributed_timeout_minutes,
+    )
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    shares_tiles = parallel.encoder_parallel == "data"
+    alone = torch.distributed.new_group([torch.distributed.get_rank()], use_local_synchronization=True)
+    return Topology(
+        place=place,
+        device=device,
+        groups=groups,
+        encoder_groups=_encoder_groups(alone, tensor=alone if shares_tiles else groups.tp),
+        tensor_rank=groups.tp.rank(),
+        tensor_size=groups.tp.size(),
+        pipeline_rank=groups.pp.rank(),
+        pipeline_size=groups.pp.size(),
+        data_rank=groups.dp.rank(),
+        data_size=groups.dp.size(),
+        encoder_shares_tiles=shares_tiles,
+    )
+
+
+def _encoder_groups(alone: ProcessGroup, *, tensor: ProcessGroup) -> ProcessGroupCollection:
+    """The encoder lives whole on stage 0: every group but the tensor-parallel one is this rank alone."""
+    groups = ProcessGroupCollection()
+    groups.tp = tensor
+    for name in ("cp", "pp", "ep", "expt_tp", "tp_cp", "tp_ep", "embd", "pos_embd"):
+        setattr(groups, name, alone)
+    return groups
+
+
+def close_topology() -> None:
+    """Leave the job: destroy every group so that the process can end, or join another layout."""
+    parallel_state.destroy_model_parallel()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

@@ -1,0 +1,143 @@
+"""Pieces that presets share: decoder shapes, image encoders, the connector and the recipe of each stage."""
+
+from __future__ import annotations
+
+from mm15_megatron.presets.preset import Setting, settings
+
+DECODER_SHAPES = "derived: MM1 publishes parameter counts alone; shapes of AXLearn's public configs that meet them"
+
+
+def decoder(
+    layers: int,
+    *,
+    hidden: int,
+    heads: int,
+    head_dim: int,
+    ffn: int,
+    kv_heads: int | None = None,
+    source: str = DECODER_SHAPES,
+) -> tuple[Setting, ...]:
+    """Return the settings of a decoder's shape; ``kv_heads`` None is multi-head attention."""
+    shape = {
+        "num_layers": layers,
+        "hidden_size": hidden,
+        "num_attention_heads": heads,
+        "num_query_groups": kv_heads or heads,
+        "kv_channels": head_dim,
+        "ffn_hidden_size": ffn,
+        "vocab_size": 49152,
+    }
+    return settings(source, language=shape)
+
+
+def experts(count: int, *, period: int) -> tuple[Setting, ...]:
+    """Return the settings of sparse layers: ``count`` experts in the last layer of every ``period``."""
+    published = {"num_moe_experts": count, "moe_layer_period": period, "moe_router_topk": 2}
+    losses = {"moe_aux_loss_coeff": 0.01, "moe_z_loss_coeff": 0.001}
+    return (
+        *settings("published: MM1 section 4, MM1.5 section 4", moe=published | losses),
+        *settings("ours: dropless", moe={"moe_expert_capacity_factor": None}),
+        *settings("ours: a layout that fits 80 GB devices", parallel={"expert_model_parallel_size": 8}),
+    )
+
+
+def tensor_parallel(size: int) -> tuple[Setting, ...]:
+    """Return the settings of a tensor-parallel layout with sequence parallelism."""
+    layout = {"tensor_model_parallel_size": size, "sequence_parallel": True}
+    return settings("ours: a layout that fits 80 GB devices", parallel=layout)
+
+
+def _encoder(layers: int, *, hidden: int, heads: int, image: int, published: str, shape: str) -> tuple[Setting, ...]:
+    dimensions = {
+        "num_layers": layers,
+        "hidden_size": hidden,
+        "num_attention_heads": heads,
+        "ffn_hidden_size": 4 * hidden,
+    }
+    return (
+        *settings(shape, vision=dimensions | {"activation": "quick_gelu", "class_token": True}),
+        *settings(published, vision={"patch_size": 14, "image_size": image}),
+        *settings("ours: unpublished", vision={"feature_layer": -1, "post_layernorm": False}),
+    )
+
+
+VIT_H_378 = _encoder(
+    32,
+    hidden=1280,
+    heads=16,
+    image=378,
+    published="published: MM1 section 4, CLIP ViT-H/14 at 378 px",
+    shape="derived: open_clip ViT-H-14-378-quickgelu, the public DFN-5B weights",
+)
+VIT_L_336 = _encoder(
+    24,
+    hidden=1024,
+    heads=16,
+    image=336,
+    published="published: MM1 section 3.1, CLIP ViT-L/14 at 336 px",
+    shape="derived: open_clip ViT-L-14-336",
+)
+
+C_ABSTRACTOR_144 = (
+    *settings(
+        "published: MM1 section 4, C-Abstractor with 144 tokens", connector={"kind": "c_abstractor", "num_tokens": 144}
+    ),
+    *settings(
+        "derived: Honeybee's released configuration, which MM1 follows",
+        connector={"hidden_size": 1024, "depth": 3, "mlp_depth": 2, "position_embedding": True},
+    ),
+)
+
+PRECISION_AND_OVERLAP = settings(
+    "ours: bf16 compute, fp32 master weights and sharded optimizer state",
+    kernels={"params_dtype": "bf16", "transformer_impl": "transformer_engine"},
+    parallel={"use_distributed_optimizer": True, "overlap_grad_reduce": True, "overlap_param_gather": True},
+)
+
+PRETRAINING = (
+    *PRECISION_AND_OVERLAP,
+    *settings(
+        "published: MM1 section 4",
+        data={"seq_length": 4096, "max_images": 16},
+        train={"steps": 200_000, "global_batch_size": 512},
+        optimizer={"weight_decay": 0.1},
+        schedule={"warmup_steps": 2000, "decay": "cosine", "min_lr_ratio": 0.1},
+    ),
+    *settings(
+        "published: MM1 appendix (recollected)",
+        optimizer={"name": "adamw", "clip_grad": 1.0, "connector_lr": 8e-5},
+        data={"mixture_unit": "row"},
+    ),
+    *settings(
+        "ours: unpublished; AXLearn's defaults", optimizer={"adam_beta1": 0.9, "adam_beta2": 0.95, "adam_eps": 1e-8}
+    ),
+)
+
+
+def peak_rate(value: float | None, source: str) -> tuple[Setting, ...]:
+    """Return the setting of the peak learning rate."""
+    return settings(source, optimizer={"lr": value})
+
+
+ADAFACTOR = (
+    *settings(
+        "ours: unpublished; AXLearn's public AdaFactor configuration",
+        optimizer={
+            "adafactor_beta1": 0.9,
+            "adafactor_clip_threshold": 5.0,
+            "adafactor_decay_rate": 0.8,
+            "weight_decay": 1e-3,
+        },
+    ),
+    *settings("ours: one rate for the whole model", optimizer={"connector_lr": None, "vision_lr": None}),
+    *settings("ours: unpublished, a small warm-up", schedule={"warmup_steps": 300}),
+    *settings(
+        "ours: AdaFactor spreads whole parameters over data-parallel ranks by itself",
+        parallel={"use_distributed_optimizer": False, "overlap_param_gather": False},
+    ),
+)
+
+AT_672_PIXELS = (
+    *settings("published: MM1.5 section 4, position embeddings interpolated to 672 px", vision={"image_size": 672}),
+    *settings("derived: the table of the 378 px encoder is kept", vision={"position_grid_size": 27}),
+)

@@ -1,0 +1,86 @@
+"""Every layout computes the same thing: loss, gradient norm, every gradient and the parameters of five steps."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+
+from mm15_megatron.models import mm_model
+from mm15_megatron.models.rope import rotary_table
+from mm15_megatron.parallel import reduce
+
+from ..helpers.layouts import LAYOUTS, change, debug_config
+from ..helpers.parity import FP32_SCALAR, Trace, compare, trace, trace_on_rank
+from ..helpers.ranks import run_on_ranks
+
+TITLE = "parity with one rank (debug_dense, mixed batches, five steps)"
+HEADER = f"{'layout':34} {'ranks':>5} {'loss':>9} {'grad norm':>9} {'gradient':>9} {'parameter':>9}  worst gradient"
+
+VARIANTS = {
+    "dense": {},
+    "tied-qknorm": {"language": {"share_embeddings_and_output_weights": True, "qk_layernorm": True, "z_loss_coeff": 1e-2}},
+    "encoder-frozen": {"freeze": {"vision": True}},
+    "language-frozen": {"freeze": {"language": True}},
+    "average-pool": {"connector": {"kind": "average_pool"}, "vision": {"post_layernorm": True, "class_token": False}},
+}
+COMBINATIONS = [("dense", layout) for layout in LAYOUTS] + [
+    (variant, layout) for variant in VARIANTS if variant != "dense" for layout in ("tp2sp", "tp2pp2", "dp2-dist-opt")
+]
+
+
+@functools.cache
+def reference(variant: str) -> Trace:
+    """The one-rank trace of a variant, computed once."""
+    return trace(debug_config(**VARIANTS[variant]), world_size=1)
+
+
+@pytest.mark.parametrize(("variant", "layout"), COMBINATIONS, ids=[f"{v}-{n}" for v, n in COMBINATIONS])
+def test_layout_equals_one_rank(variant: str, layout: str, table: dict[str, list[str]]) -> None:
+    """Losses, norms, gathered gradients and parameters agree within the named tolerances."""
+    cfg = debug_config(**VARIANTS[variant])
+    chosen = LAYOUTS[layout]
+    found = compare(
+        reference(variant), trace(chosen.apply(cfg), world_size=chosen.world_size), learning_rate=cfg.optimizer.lr or 0
+    )
+    lines = table.setdefault(TITLE, [HEADER])
+    lines.append(
+        f"{variant + ' ' + layout:34} {chosen.world_size:5} {found.loss:9.1e} {found.grad_norm:9.1e} "
+        f"{found.gradient:9.1e} {found.parameter:9.1e}  {found.first}"
+    )
+    assert found.passes, found
+
+
+def test_reference_learns_something() -> None:
+    """The compared quantities are not trivial: gradients exist for every parameter and the loss moves."""
+    whole = reference("dense")
+    assert all(gradient.abs().max() > 0 for gradient in whole.gradients.values())
+    assert max(whole.losses) - min(whole.losses) > 100 * FP32_SCALAR
+
+
+def _skip_encoder_sum(cfg, steps):  # type: ignore[no-untyped-def]
+    reduce._sum_encoder_gradients = lambda chunk, topology: None
+    return trace_on_rank(cfg, steps)
+
+
+def _wrong_positions(cfg, steps):  # type: ignore[no-untyped-def]
+    mm_model.rotary_table = lambda ids, **kwargs: rotary_table(ids // 3, **kwargs)
+    return trace_on_rank(cfg, steps)
+
+
+def _count_encoder_twice(cfg, steps):  # type: ignore[no-untyped-def]
+    mm_model.clear_tensor_parallel_marks = lambda module: None
+    return trace_on_rank(cfg, steps)
+
+
+@pytest.mark.parametrize(
+    ("fault", "measure"),
+    [(_skip_encoder_sum, "gradient"), (_wrong_positions, "gradient"), (_count_encoder_twice, "grad_norm")],
+)
+def test_planted_fault_is_found(fault, measure: str) -> None:  # type: ignore[no-untyped-def]
+    """The harness fails when a rule it guards is broken on purpose."""
+    cfg = change(debug_config(), parallel={"tensor_model_parallel_size": 2})
+    results = run_on_ranks(fault, 2, cfg=cfg, steps=5)
+    broken = compare(reference("dense"), results[0], learning_rate=cfg.optimizer.lr or 0)
+    assert not broken.passes
+    assert getattr(broken, measure) > 1e-4, broken
