@@ -83,19 +83,22 @@ def publish(writing: Path, *, step: int) -> Path:
     for path in [*writing.rglob("*"), writing]:
         _sync(path)
     final = folder / name_of_step(step)
-    if final.exists():
-        remove(final)
+    replaced = _hide(final) if final.exists() else None
     writing.rename(final)
     _sync(folder)
     _move_tracker(folder, final.name)
+    if replaced is not None:
+        shutil.rmtree(replaced)
     return final
 
 
 def remove(checkpoint: Path) -> None:
     """Delete a checkpoint; killed in between, it is already hidden from every reader."""
-    hidden = checkpoint.with_name(f"{_HIDDEN[1]}{checkpoint.name}")
-    checkpoint.rename(hidden)
-    shutil.rmtree(hidden)
+    shutil.rmtree(_hide(checkpoint))
+
+
+def _hide(checkpoint: Path) -> Path:
+    return checkpoint.rename(checkpoint.with_name(f"{_HIDDEN[1]}{checkpoint.name}"))
 
 
 def _move_tracker(folder: Path, name: str) -> None:

@@ -15,14 +15,11 @@ _NAMES = {
     float: "a finite number",
     bool: "true or false",
     str: "text (put it in quotes if it looks like a number)",
-    NoneType: "null",
 }
 
 
 def describe(annotation: Any) -> str:
     """Say in words what values ``annotation`` allows."""
-    if is_union(annotation):
-        return " or ".join(describe(part) for part in get_args(annotation))
     if get_origin(annotation) is tuple:
         items = get_args(annotation)
         if items[-1] is Ellipsis:
@@ -70,25 +67,25 @@ def _from(origin: str) -> str:
     return f" ({origin})" if origin else ""
 
 
-def _convert(value: Any, annotation: Any, *, where: str, origin: str) -> Any:
+def _convert(value: Any, annotation: Any, *, where: str, origin: str, or_null: str = "") -> Any:
     if is_union(annotation):
         if value is None or (isinstance(value, str) and value.lower() == "none"):
             return None
-        return _convert(value, scalar_type(annotation), where=where, origin=origin)
+        return _convert(value, scalar_type(annotation), where=where, origin=origin, or_null=" or null")
     if get_origin(annotation) is tuple:
-        return _convert_tuple(value, annotation, where=where, origin=origin)
+        return _convert_tuple(value, annotation, where=where, origin=origin, or_null=or_null)
     if is_dataclass(annotation):
         return _convert_mapping(value, annotation, where=where, origin=origin)
     found = _convert_scalar(value, annotation)
     if found is None:
-        raise _wrong_type(value, annotation, where=where, origin=origin)
+        raise _wrong_type(value, annotation, where=where, origin=origin, or_null=or_null)
     return found
 
 
-def _wrong_type(value: Any, annotation: Any, *, where: str, origin: str) -> ConfigError:
+def _wrong_type(value: Any, annotation: Any, *, where: str, origin: str, or_null: str = "") -> ConfigError:
     return ConfigError(
         f"{where} = {value!r}{_from(origin)} has the wrong type ({type(value).__name__})",
-        fix=f"give {describe(annotation)}",
+        fix=f"give {describe(annotation)}{or_null}",
     )
 
 
@@ -104,10 +101,10 @@ def _convert_scalar(value: Any, annotation: Any) -> Any:
     return value if type(value) is annotation else None
 
 
-def _convert_tuple(value: Any, annotation: Any, *, where: str, origin: str) -> tuple[Any, ...]:
+def _convert_tuple(value: Any, annotation: Any, *, where: str, origin: str, or_null: str) -> tuple[Any, ...]:
     items = get_args(annotation)
     if not isinstance(value, list | tuple) or (items[-1] is not Ellipsis and len(value) != len(items)):
-        raise _wrong_type(value, annotation, where=where, origin=origin)
+        raise _wrong_type(value, annotation, where=where, origin=origin, or_null=or_null)
     kinds = [items[0]] * len(value) if items[-1] is Ellipsis else items
     return tuple(
         _convert(item, kind, where=f"{where}[{i}]", origin=origin)

@@ -57,7 +57,7 @@ def load_flat(text: str) -> RunConfig:
         ConfigError: an unknown option, a malformed line or value, or an option given twice.
     """
     values: dict[str, Any] = {}
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip() or line.lstrip().startswith("#"):
             continue
         path, separator, written = (part.strip() for part in line.partition("="))

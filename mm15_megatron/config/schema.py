@@ -192,7 +192,7 @@ class ParallelConfig:
     sequence_parallel: bool = option(False, "shard activations between tensor-parallel regions along the sequence")
     encoder_parallel: str = option(
         "data",
-        "image encoder in a tensor-parallel group: data = each rank encodes a share of the tiles; tensor = split layers",
+        "encoder in a tensor-parallel group: data = each rank encodes a share of the tiles; tensor = split layers",
         choices=("data", "tensor"),
     )
     num_layers_in_first_pipeline_stage: int | None = option(

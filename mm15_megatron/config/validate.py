@@ -200,7 +200,7 @@ def _image_fits_row(config: RunConfig, world_size: int) -> None:
     # besides the image a row needs one target and the token that predicts it
     if tiles * tokens + 2 > config.data.seq_length:
         raise ConfigError(
-            f"an image of {tiles} tiles x {tokens} tokens and text do not fit data.seq_length = {config.data.seq_length}",
+            f"an image of {tiles} tiles x {tokens} tokens and text overflow data.seq_length = {config.data.seq_length}",
             fix=f"use a data.seq_length well above {tiles * tokens}, fewer tiles or fewer tokens",
         )
 
@@ -243,7 +243,7 @@ def _pipeline_split(config: RunConfig, world_size: int) -> None:
     rest = layers - first
     if rest < stages - 1 or rest % (stages - 1):
         raise ConfigError(
-            f"with {first} layers on stage 0, the other {rest} of {layers} do not split evenly over {stages - 1} stage(s)",
+            f"with {first} layers on stage 0, the other {rest} of {layers} do not split evenly over {stages - 1}",
             fix="use " + " or ".join(str(k) for k in feasible_first_stages(config)) + ", or leave it to the cost model",
         )
 

@@ -45,8 +45,8 @@ class BatchPlan:
         uneven = [size for size in sizes if unit < 1 or size < 1 or size % unit]
         if uneven:
             raise ConfigError(
-                f"batch sizes {uneven} cannot be split over {self.data_size} data-parallel ranks x micro-batches of "
-                f"{self.micro_batch_size} rows",
+                f"batches of {uneven} rows cannot be split over {self.data_size} data-parallel ranks x "
+                f"micro-batches of {self.micro_batch_size} rows",
                 fix=f"use multiples of {unit} for train.global_batch_size and train.rampup_batch_size",
             )
 

@@ -13,17 +13,15 @@ from mm15_megatron.errors import DataError
 
 Int64 = npt.NDArray[np.int64]
 
-_GOLDEN: Final = np.uint64(
-    0x9E3779B97F4A7C15
-)  # 2 ** 64 / golden ratio: the most evenly spread multiples modulo 2 ** 64
+_GOLDEN: Final = np.uint64(0x9E3779B97F4A7C15)  # 2 ** 64 / golden ratio: its multiples spread most evenly
 _BLOCK: Final = 1 << 16
 
 
 class Mixture:
     """Choose a source for each index by weight.
 
-    Index i falls on point ``key + i / golden ratio`` (modulo 1), and the sources divide the circle by weight: shares are
-    exact up to a few units over *any* stretch of indices, so even short runs see the mixture they asked for.
+    Index i falls on point ``key + i / golden ratio`` (modulo 1), and the sources divide the circle by weight: shares
+    are exact up to a few units over *any* stretch of indices, so even short runs see the mixture they asked for.
 
     Args:
         weights: positive weights, normalised here.

@@ -141,8 +141,12 @@ def select(source: IndexedSource, documents: Int64, rules: PackingRules) -> Sele
         "more images than data.max_images": found.images > rules.max_images,
         "more tiles than data.max_tiles": found.tiles > rules.max_tiles,
     }
-    bad = np.logical_or.reduce(list(reasons.values()))
-    dropped = {reason: int(mask.sum()) for reason, mask in reasons.items() if mask.any()}
+    bad = np.zeros(len(documents), np.bool_)
+    dropped: dict[str, int] = {}
+    for reason, mask in reasons.items():
+        if count := int(np.count_nonzero(mask & ~bad)):
+            dropped[reason] = count
+        bad |= mask
     for position in np.flatnonzero((found.lengths > rules.seq_length) & ~bad):
         problem = _truncation_problem(source, int(documents[position]), rules)
         if problem:
@@ -262,8 +266,8 @@ def lay_out(rows: Sequence[tuple[int, Sequence[Sample]]], rules: PackingRules) -
             stop = at + len(segment.tokens)
             if stop > end or len(samples) > rules.max_samples:
                 raise DataError(
-                    f"row {row}: document {sample.document} of source {sample.source!r} ends at {stop - end + length} of "
-                    f"{length} tokens, with {len(samples)} samples of at most {rules.max_samples}",
+                    f"row {row}: document {sample.document} of source {sample.source!r} ends at "
+                    f"{stop - end + length} of {length} tokens, with {len(samples)} samples of at most {rules.max_samples}",
                     fix="the dataset changed under the run: start again with fresh rows",
                 )
             tokens[at:stop], labels[at:stop], weights[at:stop] = segment.tokens, segment.labels, segment.weights
@@ -273,7 +277,7 @@ def lay_out(rows: Sequence[tuple[int, Sequence[Sample]]], rules: PackingRules) -
             bounds.append(stop)
             at = stop
         if at < end:
-            positions[at:] = np.arange(size - at)
+            positions[at:end] = np.arange(end - at)
             bounds.append(end)
         records.append(_record(row, samples, used=at - number * length, slots=slots[len(slots) - len(samples) :]))
     bounds += [size] * (rules.num_bounds(len(rows)) - len(bounds))
@@ -298,11 +302,12 @@ def _expand(sample: Sample, plans: Sequence[TilePlan], rules: PackingRules) -> _
     is_target = np.repeat(sample.loss_mask & ~sentinels, repeats)
     if is_slot[rules.seq_length :].any():
         raise DataError(
-            f"document {sample.document} of source {sample.source!r} has {len(tokens)} tokens: a row of {rules.seq_length} "
-            "would cut an image",
+            f"document {sample.document} of source {sample.source!r} has {len(tokens)} tokens: "
+            f"a row of {rules.seq_length} would cut an image",
             fix="raise data.seq_length, or leave the document out",
         )
-    tokens, is_slot, is_target = (values[: rules.seq_length] for values in (tokens, is_slot, is_target))
+    kept = slice(rules.seq_length)
+    tokens, is_slot, is_target = tokens[kept], is_slot[kept], is_target[kept]
     weights = np.zeros(len(tokens), np.float32)
     weights[:-1] = is_target[1:]
     labels = np.zeros(len(tokens), np.int64)

@@ -1,7 +1,7 @@
 """Row r of training, as a pure function of (seed, mixture, r): which documents of which sources it holds.
 
-An epoch of a source visits its documents in a keyed order; the order is cut into fixed chunks, and each chunk is packed by
-itself, so any row is found by a search over chunks and one packed table.
+An epoch of a source visits its documents in a keyed order; the order is cut into fixed chunks, and each chunk is
+packed by itself, so any row is found by a search over chunks and one packed table.
 """
 
 from __future__ import annotations
@@ -191,8 +191,13 @@ class PackedStream:
         if report.dropped or report.truncated:
             _LOGGER.warning(
                 "source %s: of %d documents %d kept, %d truncated (%d tokens), dropped: %s",
-                reader.name, report.documents, report.kept, report.truncated, report.truncated_tokens, dict(report.dropped),
-            )  # fmt: skip
+                reader.name,
+                report.documents,
+                report.kept,
+                report.truncated,
+                report.truncated_tokens,
+                dict(report.dropped),
+            )
         if report.kept == 0 and report.documents >= reader.num_documents:
             raise DataError(
                 f"no document of source {reader.name!r} fits a row: {dict(report.dropped)}",

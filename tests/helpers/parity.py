@@ -181,6 +181,13 @@ class Difference:
         )
 
 
+def distance(tensor: torch.Tensor, reference: torch.Tensor) -> float:
+    """Largest absolute difference; infinite if the shapes differ or a value is not a number."""
+    if tensor.shape != reference.shape or not tensor.isfinite().all():
+        return float("inf")
+    return (tensor - reference).abs().max().item()
+
+
 def compare(reference: Trace, other: Trace, *, learning_rate: float) -> Difference:
     """Compare two traces.
 
@@ -190,7 +197,7 @@ def compare(reference: Trace, other: Trace, *, learning_rate: float) -> Differen
     assert reference.gradients.keys() == other.gradients.keys(), reference.gradients.keys() ^ other.gradients.keys()
     assert reference.parameters.keys() == other.parameters.keys(), reference.parameters.keys() ^ other.parameters.keys()
     gradients = {
-        name: ((other.gradients[name] - whole).abs().max() / whole.abs().max().clamp_min(1e-6)).item()
+        name: distance(other.gradients[name], whole) / max(whole.abs().max().item(), 1e-6)
         for name, whole in reference.gradients.items()
     }
     worst = max(gradients, key=gradients.__getitem__)
@@ -200,7 +207,7 @@ def compare(reference: Trace, other: Trace, *, learning_rate: float) -> Differen
         grad_norm=max(abs(a - b) / a for a, b in zip(reference.grad_norms, other.grad_norms, strict=True)),
         gradient=gradients[worst],
         parameter=max(
-            (other.parameters[name] - whole).abs().max().item() / update for name, whole in reference.parameters.items()
+            distance(other.parameters[name], whole) / update for name, whole in reference.parameters.items()
         ),
         first=worst,
     )

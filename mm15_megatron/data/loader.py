@@ -1,0 +1,262 @@
+"""The loader of one rank: micro-batches in order, for ever, decoded by worker processes that are never forked."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import multiprocessing
+import signal
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from types import TracebackType
+from typing import Final
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from mm15_megatron.batch import MMBatch, RankView
+from mm15_megatron.config.schema import RunConfig, SourceConfig
+from mm15_megatron.data.batch_plan import BatchPlan
+from mm15_megatron.data.collate import Assembler, ImageSettings
+from mm15_megatron.data.indexed.reader import IndexedSource
+from mm15_megatron.data.packing import MAX_SAMPLES_PER_ROW, PACKING_VERSION, PackingRules
+from mm15_megatron.data.permutation import derive_key
+from mm15_megatron.data.row_order import CHUNK_DOCUMENTS, CHUNK_SAMPLES, PackingReport, RowOrder, RowTask
+from mm15_megatron.data.tokenizer import Tokenizer
+from mm15_megatron.errors import ConfigError, DataError
+
+_LOGGER = logging.getLogger(__name__)
+_START_METHOD: Final = "forkserver"
+
+Tasks = tuple[RowTask, ...]
+
+
+class _MicroBatches(Dataset[MMBatch]):
+    """A map from the content of a micro-batch to the micro-batch."""
+
+    def __init__(self, assembler: Assembler) -> None:
+        self._assembler = assembler
+
+    def __getitem__(self, tasks: Tasks) -> MMBatch:
+        return self._assembler(tasks)
+
+
+class _TaskStream:
+    """The endless sequence of one rank's micro-batches, as row contents. It runs in the training process alone."""
+
+    def __init__(self, order: RowOrder, plan: BatchPlan, *, data_rank: int, consumed_rows: int) -> None:
+        self._order = order
+        self._plan = plan
+        self._data_rank = data_rank
+        self._consumed_rows = consumed_rows
+
+    def __iter__(self) -> Iterator[Tasks]:
+        consumed = self._consumed_rows
+        while True:
+            for rows in self._plan.micro_batches(consumed, self._data_rank):
+                yield tuple(self._order.row(row) for row in rows)
+            consumed += self._plan.rows_of_step(consumed)
+
+
+def _same(batch: MMBatch) -> MMBatch:
+    return batch
+
+
+def _prepare_worker(_: int) -> None:
+    """Leave signals to the training process, which finishes its step and closes the loader."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+
+
+class Loader:
+    """Iterate the micro-batches of one rank, in order and without end.
+
+    Args:
+        assembler: makes a micro-batch from the content of its rows.
+        order: the content of each row.
+        plan: rows of a step, and who takes which.
+        view: the rank that is fed.
+        consumed_rows: rows consumed before this loader starts (a whole number of steps).
+        num_workers: worker processes; 0 = work in this process. It never changes what comes out.
+        prefetch_factor: micro-batches each worker prepares ahead, a bound on memory.
+        digest: see the property.
+    """
+
+    def __init__(
+        self,
+        assembler: Assembler,
+        order: RowOrder,
+        plan: BatchPlan,
+        *,
+        view: RankView,
+        consumed_rows: int,
+        num_workers: int,
+        prefetch_factor: int,
+        digest: str,
+    ) -> None:
+        self.plan = plan
+        self.digest = digest
+        self.wait_seconds = 0.0
+        self.substituted = 0
+        self._order = order
+        stream = _TaskStream(order, plan, data_rank=view.data_rank, consumed_rows=consumed_rows)
+        before = set(multiprocessing.active_children())
+        self._batches: Iterator[MMBatch] | None = iter(
+            DataLoader(
+                _MicroBatches(assembler),
+                batch_size=None,
+                sampler=stream,
+                collate_fn=_same,
+                num_workers=num_workers,
+                prefetch_factor=prefetch_factor if num_workers else None,
+                multiprocessing_context=_START_METHOD if num_workers else None,
+                worker_init_fn=_prepare_worker,
+                generator=torch.Generator(),  # its own: the training process's random state is not touched
+            )
+        )
+        self._workers = [child for child in multiprocessing.active_children() if child not in before]
+
+    def __iter__(self) -> Loader:
+        """Return itself: there is one position."""
+        return self
+
+    def __next__(self) -> MMBatch:
+        """Return the next micro-batch.
+
+        Raises:
+            DataError: for bad data (with the worker's traceback), a worker that died, or a closed loader.
+        """
+        if self._batches is None:
+            raise DataError("the data loader is closed", fix="build another one")
+        start = time.perf_counter()
+        try:
+            batch = next(self._batches)
+        except RuntimeError as error:
+            if not str(error).startswith("DataLoader worker (pid"):
+                raise
+            raise DataError(
+                f"a data worker died: {error}",
+                fix="look for an out-of-memory kill; lower data.num_workers, data.prefetch_factor or data.max_tiles",
+            ) from error
+        finally:
+            self.wait_seconds += time.perf_counter() - start
+        for message in (message for row in batch.rows for message in row.substituted):
+            self.substituted += 1
+            _LOGGER.warning("replaced by the mean colour: %s", message)
+        return batch
+
+    @property
+    def reports(self) -> tuple[PackingReport, ...]:
+        """What packing kept, truncated and dropped so far, one report a source."""
+        return self._order.reports
+
+    def micro_batches_per_step(self, consumed_rows: int) -> int:
+        """Return the micro-batches of the step that starts after ``consumed_rows`` rows."""
+        return self.plan.micro_batches_per_step(consumed_rows)
+
+    def close(self) -> None:
+        """End the workers; closing twice is fine."""
+        self._batches = None  # torch ends its workers when the iterator goes
+        for worker in self._workers:
+            if worker.is_alive():  # wedged in native code, or past torch's patience
+                worker.kill()
+            worker.join()
+        self._workers = []
+
+    def __enter__(self) -> Loader:
+        """Return itself."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close."""
+        self.close()
+
+
+def build_loader(cfg: RunConfig, *, view: RankView, consumed_rows: int = 0, validation: bool = False) -> Loader:
+    """Open the sources of a run and build the loader of one rank.
+
+    Args:
+        cfg: the run.
+        view: the rank that is fed.
+        consumed_rows: rows of the training order consumed so far; a resumed run starts at the next one.
+        validation: read ``data.validation_sources``, with a constant batch size.
+
+    Raises:
+        ConfigError: if there is no source, or a batch size cannot be split.
+        DataError: if a tokenizer or a dataset is missing, damaged, or does not belong to the run.
+    """
+    sources = cfg.data.validation_sources if validation else cfg.data.sources
+    if not sources:
+        field = "data.validation_sources" if validation else "data.sources"
+        raise ConfigError(f"{field} is empty", fix="name at least one dataset prefix")
+    tokenizer = Tokenizer(cfg.data.tokenizer)
+    tokenizer.check_fits(cfg.language.vocab_size)
+    readers = open_sources(sources, tokenizer=tokenizer)
+    rules = PackingRules.from_config(cfg, image_sentinel_id=tokenizer.image_id)
+    seed = derive_key(cfg.train.seed, "validation" if validation else "training")
+    order = RowOrder(
+        readers,
+        [source.weight for source in sources],
+        rules,
+        seed=seed,
+        unit=cfg.data.mixture_unit,
+        shuffle=cfg.data.shuffle,
+    )
+    plan = BatchPlan(
+        global_batch_size=cfg.train.global_batch_size,
+        micro_batch_size=cfg.train.micro_batch_size,
+        data_size=view.data_size,
+        rampup=None if validation else cfg.train.rampup_batch_size,
+    )
+    return Loader(
+        Assembler(readers, rules, view=view, settings=ImageSettings.from_config(cfg)),
+        order,
+        plan,
+        view=view,
+        consumed_rows=consumed_rows,
+        num_workers=cfg.data.num_workers if view.reads_images else 0,
+        prefetch_factor=cfg.data.prefetch_factor,
+        digest=_order_digest(cfg, sources, readers, rules, seed=seed),
+    )
+
+
+def open_sources(sources: Sequence[SourceConfig], *, tokenizer: Tokenizer) -> list[IndexedSource]:
+    """Open every source of a mixture and check it against the tokenizer.
+
+    Raises:
+        DataError: if one is missing or damaged, was built with another tokenizer, or two have one name.
+    """
+    readers = [IndexedSource(s.prefix, name=s.name, tokenizer_digest=tokenizer.digest) for s in sources]
+    names = [reader.name for reader in readers]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise DataError(f"several sources are called {', '.join(twice)}", fix="give each source its own name")
+    return readers
+
+
+def _order_digest(
+    cfg: RunConfig,
+    sources: Sequence[SourceConfig],
+    readers: Sequence[IndexedSource],
+    rules: PackingRules,
+    *,
+    seed: int,
+) -> str:
+    """Digest of everything that decides row r: content, not paths; no rank, worker or batch size."""
+    decides = {
+        "packing": PACKING_VERSION,
+        "chunks": [CHUNK_DOCUMENTS, CHUNK_SAMPLES, MAX_SAMPLES_PER_ROW],
+        "rules": {name: value for name, value in asdict(rules).items() if name != "normalisation"},
+        "seed": seed,
+        "unit": cfg.data.mixture_unit,
+        "shuffle": cfg.data.shuffle,
+        "sources": [
+            [reader.name, source.weight, reader.manifest.digest]
+            for source, reader in zip(sources, readers, strict=True)
+        ],
+    }
+    return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()

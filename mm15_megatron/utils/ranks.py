@@ -1,0 +1,42 @@
+"""Which rank this is, and actions that one rank takes for all."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+
+from mm15_megatron.errors import MM15Error
+
+T = TypeVar("T")
+
+
+def global_rank() -> int:
+    """Return this process's rank; before the job is joined, what the launcher says (0 without one)."""
+    if torch.distributed.is_initialized():
+        return torch.distributed.get_rank()
+    return int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)
+
+
+def on_rank_zero(action: Callable[[], T]) -> T:
+    """Run ``action`` on rank 0 while the others wait; every rank returns its result or raises its error.
+
+    The result must be picklable. Errors of the user's input and of the file system are shared, so that no rank is left waiting
+    for one that has already failed.
+
+    Raises:
+        MM15Error: whatever the action raised.
+        OSError: whatever the action raised.
+    """
+    outcome: list[T | MM15Error | OSError | None] = [None]
+    if torch.distributed.get_rank() == 0:
+        try:
+            outcome = [action()]
+        except (MM15Error, OSError) as error:
+            outcome = [error]
+    torch.distributed.broadcast_object_list(outcome, src=0)
+    if isinstance(outcome[0], (MM15Error, OSError)):
+        raise outcome[0]
+    return outcome[0]  # type: ignore[return-value]

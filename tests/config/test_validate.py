@@ -1,0 +1,180 @@
+"""Every validation rule is triggered by one case, and the cases around it pass."""
+
+from __future__ import annotations
+
+import pytest
+
+from mm15_megatron.config import validate as rules
+from mm15_megatron.config.parse import apply_overrides
+from mm15_megatron.config.tree import with_values
+from mm15_megatron.config.validate import (
+    RULES,
+    data_parallel_size,
+    feasible_first_stages,
+    tiles_of_split_image,
+    validate,
+)
+from mm15_megatron.errors import ConfigError
+from mm15_megatron.presets import resolve
+
+TP2 = "parallel.tensor_model_parallel_size=2"
+TP4 = "parallel.tensor_model_parallel_size=4"
+PP2 = "parallel.pipeline_model_parallel_size=2"
+PP3 = "parallel.pipeline_model_parallel_size=3"
+
+CASES = [
+    ("_ranges", 1, ["train.steps=0"], "train.steps = 0 is out of range"),
+    ("_ranges", 1, ["optimizer.lr=0"], "give a value > 0"),
+    ("_ranges", 1, ["optimizer.adam_beta2=1"], "give a value >= 0 and < 1"),
+    ("_ranges", 1, ["schedule.min_lr_ratio=1.1"], "give a value >= 0 and <= 1"),
+    ("_ranges", 1, ["data.num_workers=-1"], "give a value >= 0"),
+    ("_world_size", 3, [TP2], "3 processes cannot be split into tensor 2 x pipeline 1 x context 1 = 2"),
+    ("_world_size", 0, [], "0 processes cannot be split"),
+    ("_decoder_heads", 1, ["language.num_query_groups=3"], "num_attention_heads = 4 is not divisible by"),
+    ("_decoder_heads", 1, ["language.kv_channels=15"], "use an even number"),
+    (
+        "_tensor_split_of_decoder",
+        4,
+        [TP4, "language.num_query_groups=2"],
+        "language.num_query_groups = 2 is not divisible",
+    ),
+    ("_tensor_split_of_decoder", 2, [TP2, "language.ffn_hidden_size=33"], "language.ffn_hidden_size = 33"),
+    (
+        "_tensor_split_of_decoder",
+        2,
+        [TP2, "language.make_vocab_size_divisible_by=1"],
+        "make_vocab_size_divisible_by = 1",
+    ),
+    (
+        "_tensor_split_of_encoder",
+        4,
+        [TP4, "language.num_query_groups=4", "parallel.encoder_parallel=tensor"],
+        "set parallel.encoder_parallel=data",
+    ),
+    (
+        "_encoder_shape",
+        1,
+        ["vision.image_size=57"],
+        "vision.image_size = 57 is not divisible by vision.patch_size = 14",
+    ),
+    ("_encoder_shape", 1, ["vision.num_attention_heads=5"], "vision.hidden_size = 32 is not divisible"),
+    ("_feature_layer", 1, ["vision.feature_layer=-4"], "is no block of an encoder of 3"),
+    ("_feature_layer", 1, ["vision.feature_layer=0"], "count from the end"),
+    ("_connector_grid", 1, ["connector.num_tokens=5"], "connector.num_tokens = 5 is not a square"),
+    ("_connector_grid", 1, ["connector.num_tokens=25"], "more than the 4x4 patches"),
+    ("_image_fits_row", 1, ["data.seq_length=5"], "an image of 1 tiles x 4 tokens and text overflow"),
+    ("_image_fits_row", 1, ["tiling.mode=dynamic", "data.seq_length=41", "data.max_tiles=20"], "10 tiles x 4 tokens"),
+    ("_tile_budget", 1, ["tiling.mode=dynamic", "tiling.min_tiles=5", "tiling.max_tiles=4"], "is above"),
+    ("_tile_budget", 1, ["tiling.mode=static", "tiling.max_split_images=0"], "splits nothing"),
+    ("_tile_budget", 1, ["tiling.mode=dynamic"], "cannot hold 2 image.s. of 10 tiles"),
+    ("_tile_budget", 1, ["tiling.mode=static", "data.max_tiles=9"], "at least 10"),
+    (
+        "_pipeline_split",
+        5,
+        ["parallel.pipeline_model_parallel_size=5"],
+        "cannot give each of 5 pipeline stages a layer",
+    ),
+    ("_pipeline_split", 1, ["parallel.num_layers_in_first_pipeline_stage=2"], "has no effect without a pipeline"),
+    ("_pipeline_split", 3, [PP3, "parallel.num_layers_in_first_pipeline_stage=1"], "use 2, or leave it"),
+    ("_pipeline_split", 2, [PP2, "parallel.num_layers_in_first_pipeline_stage=4"], "use 1 or 2 or 3, or leave it"),
+    ("_sequence_parallel", 1, ["parallel.sequence_parallel=true"], "has no effect with"),
+    (
+        "_sequence_parallel",
+        2,
+        [TP2, "parallel.sequence_parallel=true", "data.seq_length=127", "train.micro_batch_size=1"],
+        "data.seq_length x train.micro_batch_size = 127 is not divisible",
+    ),
+    ("_batch", 3, [], "is not divisible by train.micro_batch_size 2 x data-parallel size 3 = 6"),
+    ("_batch", 1, ["train.rampup_batch_size=[0, 2, 10]"], "does not lead up to 8"),
+    ("_batch", 1, ["train.rampup_batch_size=[10, 2, 10]"], "does not lead up to 8"),
+    ("_batch", 1, ["train.rampup_batch_size=[3, 2, 10]"], "the start of train.rampup_batch_size = 3"),
+    ("_batch", 1, ["train.rampup_batch_size=[2, 3, 10]"], "the increment of train.rampup_batch_size = 3"),
+    ("_batch", 1, ["train.rampup_batch_size=[2, 4, 10]"], "start of the ramp = 6 is not divisible"),
+    ("_schedule", 1, ["train.steps=2"], "does not end before the schedule .2 steps."),
+    ("_schedule", 1, ["schedule.decay=constant", "schedule.decay_steps=9"], "has no effect on a constant rate"),
+    ("_optimizer_overlap", 1, ["parallel.overlap_param_gather=true"], "needs the distributed optimizer"),
+    (
+        "_optimizer_overlap",
+        1,
+        ["parallel.overlap_param_gather=true", "parallel.use_distributed_optimizer=true"],
+        "overlap_grad_reduce=False",
+    ),
+    (
+        "_something_trains",
+        1,
+        ["freeze.vision=true", "freeze.connector=true", "freeze.language=true"],
+        "nothing to train",
+    ),
+    ("_device_and_kernels", 1, ["kernels.transformer_impl=transformer_engine"], "set kernels.transformer_impl=local"),
+    ("_recompute", 1, ["kernels.recompute_num_layers=2"], "has no effect with"),
+    ("_sources", 1, ["data.sources=[{weight: 1}]"], r"data.sources\[0\] has prefix ''"),
+    ("_sources", 1, ["data.validation_sources=[{prefix: a, weight: 0}]"], "weight 0.0"),
+    ("_sources", 1, ["train.validation_interval=5"], "there is no data.validation_sources"),
+    ("_no_interleaving", 2, [PP2, "parallel.virtual_pipeline_model_parallel_size=2"], "not trained"),
+    ("_no_context_parallel", 2, ["parallel.context_parallel_size=2"], "set parallel.context_parallel_size=1"),
+    ("_no_experts", 1, ["moe.num_moe_experts=4"], "choose a dense preset"),
+    ("_no_expert_parallel", 2, ["parallel.expert_model_parallel_size=2"], "expert_model_parallel_size=1"),
+    ("_no_adafactor", 1, ["optimizer.name=adafactor"], "set optimizer.name=adamw"),
+]
+
+
+@pytest.mark.parametrize(
+    ("rule", "world", "overrides", "message"), CASES, ids=lambda v: v if isinstance(v, str) else None
+)
+def test_rule(rule, world, overrides, message):
+    cfg = apply_overrides(resolve("debug_dense"), overrides)
+    with pytest.raises(ConfigError, match=message) as direct:
+        getattr(rules, rule)(cfg, world)
+    assert direct.value.fix
+    with pytest.raises(ConfigError):
+        validate(cfg, world_size=world)
+
+
+def test_types_are_checked_for_configurations_made_in_python():
+    for path, value in (("train.steps", 2.0), ("tiling.mode", "diagonal"), ("optimizer.lr", "fast")):
+        with pytest.raises(ConfigError, match=path):
+            validate(with_values(resolve("debug_dense"), {path: value}), world_size=1)
+
+
+def test_every_rule_has_a_case():
+    triggered = {getattr(rules, case[0]) for case in CASES} | {rules._types_and_choices}
+    assert set(RULES) == triggered
+
+
+@pytest.mark.parametrize(
+    ("world", "overrides"),
+    [
+        (1, []),
+        (2, [TP2, "parallel.sequence_parallel=true"]),
+        (2, [TP2, "parallel.encoder_parallel=tensor"]),
+        (2, [PP2]),
+        (4, [TP2, PP2]),
+        (3, [PP3]),
+        (3, [PP3, "parallel.num_layers_in_first_pipeline_stage=2"]),
+        (2, ["parallel.use_distributed_optimizer=true", "parallel.overlap_grad_reduce=true"]),
+        (1, ["train.rampup_batch_size=[2, 2, 10]"]),
+        (1, ["freeze.vision=true", "freeze.connector=true"]),
+        (1, ["tiling.mode=static"]),
+        (1, ["vision.feature_layer=-3"]),
+        (1, ["optimizer.lr=null"]),
+        (1, ["kernels.recompute_granularity=full", "kernels.recompute_num_layers=2"]),
+        (1, ["data.validation_sources=[{prefix: a}]", "train.validation_interval=5"]),
+    ],
+)
+def test_layouts_that_pass(world, overrides):
+    validate(apply_overrides(resolve("debug_dense"), overrides), world_size=world)
+
+
+def test_data_parallel_size():
+    cfg = apply_overrides(resolve("debug_dense"), [TP2, PP2])
+    assert data_parallel_size(cfg, world_size=12) == 3
+
+
+def test_feasible_first_stages():
+    assert feasible_first_stages(apply_overrides(resolve("debug_dense"), [PP2])) == (1, 2, 3)
+    assert feasible_first_stages(apply_overrides(resolve("debug_dense"), [PP3])) == (2,)
+
+
+@pytest.mark.parametrize(("mode", "tiles"), [("none", 1), ("static", 5), ("dynamic", 10)])
+def test_tiles_of_split_image(mode, tiles):
+    assert tiles_of_split_image(apply_overrides(resolve("debug_dense"), [f"tiling.mode={mode}"])) == tiles

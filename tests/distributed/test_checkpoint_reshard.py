@@ -1,0 +1,200 @@
+"""A checkpoint of any layout resumes in any other: the next five losses and gradient norms are those of the uninterrupted run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from mm15_megatron.checkpoint.optimizer_state import get_step
+from mm15_megatron.checkpoint.publish import checkpoints_folder
+from mm15_megatron.checkpoint.store import load_training, load_weights, open_checkpoint, open_latest, save_checkpoint
+from mm15_megatron.config.schema import RunConfig
+from mm15_megatron.parallel.topology import close_topology
+from mm15_megatron.training.step import StepParts, evaluate_step, train_step
+
+from ..helpers.layouts import LAYOUTS, Layout, change, debug_config
+from ..helpers.parity import FP32_SCALAR, build_parts, micro_batches
+from ..helpers.ranks import RankFailure, run_on_ranks
+
+BEFORE, AFTER = 3, 5
+TITLE = "resume across layouts (next five losses and gradient norms against the straight run of one rank)"
+
+ONE = Layout(1, {})
+MATRIX = {"one": ONE, **{name: LAYOUTS[name] for name in ("tp2", "tp2sp", "pp2", "dp2", "dp2-dist-opt", "tp2pp2")}}
+
+Figures = list[tuple[float, float]]
+
+
+def _steps(parts: StepParts, first: int, count: int) -> Figures:
+    """Train ``count`` steps of the fixed stream; (loss, gradient norm) of each."""
+    cfg, figures = parts.cfg, []
+    rounds = cfg.train.global_batch_size // cfg.train.micro_batch_size // parts.topology.data_size
+    for step in range(first, first + count):
+        output = train_step(parts, micro_batches(cfg, parts.topology, step=step), num_microbatches=rounds)
+        assert output.applied
+        figures.append((output.loss, output.grad_norm))
+    return figures
+
+
+def _save(parts: StepParts, *, step: int) -> None:
+    save_checkpoint(
+        parts.cfg,
+        parts.chunks,
+        parts.optimizer,
+        topology=parts.topology,
+        step=step,
+        data_digest="stream",
+        progress={"consumed_rows": step * parts.cfg.train.global_batch_size},
+    )
+
+
+def _train_and_save(cfg: RunConfig) -> Figures:
+    """Three steps, a checkpoint, and the five steps that follow without any interruption."""
+    parts = build_parts(cfg)
+    _steps(parts, 0, BEFORE)
+    _save(parts, step=BEFORE)
+    figures = _steps(parts, BEFORE, AFTER)
+    close_topology()
+    return figures
+
+
+def _resume(cfg: RunConfig, run_dirs: dict[str, str]) -> dict[str, Figures]:
+    """Five steps from each checkpoint, one after the other in one process: a load must overwrite everything."""
+    parts = build_parts(cfg)
+    found = {}
+    for name, run_dir in run_dirs.items():
+        checkpoint = open_latest(run_dir)
+        assert checkpoint is not None
+        load_training(checkpoint, cfg, parts.chunks, parts.optimizer)
+        assert get_step(parts.optimizer, device=parts.topology.device) == BEFORE
+        found[name] = _steps(parts, BEFORE, AFTER)
+    close_topology()
+    return found
+
+
+def _in(run_dir: Path, layout: Layout, **sections: dict[str, object]) -> RunConfig:
+    cfg = change(debug_config(), train={"run_dir": str(run_dir)})
+    return change(layout.apply(cfg), **sections)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, str], dict[str, Figures]]:
+    """A run directory of each layout, and what its uninterrupted run shows after the checkpoint."""
+    run_dirs, straight = {}, {}
+    for name, layout in MATRIX.items():
+        run_dir = tmp_path_factory.mktemp(name)
+        straight[name] = run_on_ranks(_train_and_save, layout.world_size, cfg=_in(run_dir, layout))[0]
+        run_dirs[name] = str(run_dir)
+    return run_dirs, straight
+
+
+def _distance(left: Figures, right: Figures) -> float:
+    """Largest absolute difference of a loss or relative difference of a norm."""
+    pairs = zip(left, right, strict=True)
+    return max(max(abs(a[0] - b[0]), abs(a[1] - b[1]) / b[1]) for a, b in pairs)
+
+
+@pytest.mark.parametrize("into", MATRIX)
+def test_resume_in_layout(into: str, saved: tuple[dict[str, str], dict[str, Figures]], table: dict[str, list[str]]) -> None:
+    """Every layout's checkpoint continues here; bitwise when this layout saved it."""
+    run_dirs, straight = saved
+    layout = MATRIX[into]
+    # its own checkpoint last: six foreign ones were loaded into the same process before it
+    order = {name: run_dirs[name] for name in [*(n for n in MATRIX if n != into), into]}
+    found = run_on_ranks(_resume, layout.world_size, cfg=_in(Path(run_dirs[into]), layout), run_dirs=order)[0]
+    distances = {name: _distance(found[name], straight["one"]) for name in MATRIX}
+    lines = table.setdefault(TITLE, [f"{'loaded in':14}" + "".join(f"{'from ' + name:>19}" for name in MATRIX)])
+    lines.append(f"{into:14}" + "".join(f"{distances[name]:19.1e}" for name in MATRIX))
+    assert found[into] == straight[into], "resuming in the same layout is not bitwise the straight run"
+    assert max(distances.values()) <= FP32_SCALAR, distances
+
+
+# bf16 keeps 8 bits; two ways of rounding the same fp32 master differ by at most one unit in the last place of each weight.
+BF16 = 2e-2
+
+
+@pytest.mark.parametrize("dist_opt", [False, True], ids=["dp2", "dp2-dist-opt"])
+def test_precision_can_change(dist_opt: bool, tmp_path: Path) -> None:
+    """bf16 and fp32 runs read each other's masters: the fp32 masters are bitwise what the bf16 run held."""
+    fp32 = _in(tmp_path / "fp32", LAYOUTS["dp2-dist-opt" if dist_opt else "dp2"])
+    bf16 = change(fp32, train={"run_dir": str(tmp_path / "bf16")}, kernels={"params_dtype": "bf16"})
+    straight = {kind: run_on_ranks(_train_and_save, 2, cfg=cfg)[0] for kind, cfg in (("fp32", fp32), ("bf16", bf16))}
+    dirs = {"bf16": bf16.train.run_dir, "fp32": fp32.train.run_dir}
+    into_fp32 = run_on_ranks(_resume, 2, cfg=fp32, run_dirs=dirs)[0]
+    into_bf16 = run_on_ranks(_resume, 2, cfg=bf16, run_dirs=dirs)[0]
+    assert into_fp32["fp32"] == straight["fp32"]
+    assert into_bf16["bf16"] == straight["bf16"]
+    assert abs(into_fp32["bf16"][0][0] - straight["bf16"][0][0]) < BF16
+    assert abs(into_bf16["fp32"][0][0] - straight["fp32"][0][0]) < BF16
+
+
+def _evaluate_weights(cfg: RunConfig, run_dir: str) -> tuple[float, float]:
+    """Held-out loss of the weights alone, and the loss of the next training step from the same checkpoint."""
+    parts = build_parts(cfg)
+    checkpoint = open_latest(run_dir)
+    assert checkpoint is not None
+    load_weights(checkpoint, cfg, parts.chunks)
+    rounds = cfg.train.global_batch_size // cfg.train.micro_batch_size // parts.topology.data_size
+    sums = evaluate_step(parts, micro_batches(cfg, parts.topology, step=BEFORE), num_microbatches=rounds)
+    close_topology()
+    return sums.loss
+
+
+def test_weights_alone(saved: tuple[dict[str, str], dict[str, Figures]]) -> None:
+    """Evaluation reads the parameters of a checkpoint without its optimizer, in another layout."""
+    run_dirs, straight = saved
+    for source, layout in (("dp2-dist-opt", MATRIX["tp2pp2"]), ("tp2pp2", ONE)):
+        cfg = _in(Path(run_dirs[source]), layout)
+        loss = run_on_ranks(_evaluate_weights, layout.world_size, cfg=cfg, run_dir=run_dirs[source])[0]
+        assert abs(loss - straight["one"][0][0]) <= FP32_SCALAR
+
+
+def test_frozen_and_tied(tmp_path: Path) -> None:
+    """A frozen encoder has no optimizer state, a tied embedding is stored once, and both reshard over the pipeline."""
+    sections = {"freeze": {"vision": True}, "language": {"share_embeddings_and_output_weights": True}}
+    straight = run_on_ranks(_train_and_save, 1, cfg=_in(tmp_path, ONE, **sections))[0]
+    for name in ("pp2", "tp2pp2", "dp2-dist-opt"):
+        layout = MATRIX[name]
+        cfg = _in(tmp_path, layout, **sections)
+        found = run_on_ranks(_resume, layout.world_size, cfg=cfg, run_dirs={"one": str(tmp_path)})[0]["one"]
+        assert _distance(found, straight) <= FP32_SCALAR, name
+
+
+def test_training_what_was_frozen_is_refused(tmp_path: Path) -> None:
+    """State that the checkpoint does not hold is named, on every rank."""
+    run_on_ranks(_train_and_save, 1, cfg=_in(tmp_path, ONE, freeze={"vision": True}))
+    with pytest.raises(RankFailure, match=r"CheckpointError.*missing in the checkpoint.*optimizer\.vision_encoder\."):
+        run_on_ranks(_resume, 2, cfg=_in(tmp_path, MATRIX["tp2"]), run_dirs={"one": str(tmp_path)})
+
+
+def test_damaged_tensors_are_refused(tmp_path: Path) -> None:
+    """A truncated tensor file is an error that names the folder, not a model with wrong weights."""
+    run_on_ranks(_train_and_save, 1, cfg=_in(tmp_path, ONE))
+    (file,) = checkpoints_folder(tmp_path).glob("step_*/tensors/*.distcp")
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    with pytest.raises(RankFailure, match="CheckpointError: the checkpoint in .* cannot be read"):
+        run_on_ranks(_resume, 2, cfg=_in(tmp_path, MATRIX["dp2"]), run_dirs={"one": str(tmp_path)})
+
+
+def _keys(cfg: RunConfig) -> list[str]:
+    from mm15_megatron.checkpoint.torch_dist import stored_shapes
+
+    latest = open_latest(cfg.train.run_dir)
+    assert latest is not None
+    return sorted(stored_shapes(latest.folder / "tensors"))
+
+
+def test_stored_names_do_not_depend_on_the_layout(saved: tuple[dict[str, str], dict[str, Figures]]) -> None:
+    """Every layout writes the same keys and shapes, without prefixes of optimizers or stages."""
+    run_dirs, _ = saved
+    keys = {name: run_on_ranks(_keys, 1, cfg=_in(Path(run_dir), ONE))[0] for name, run_dir in run_dirs.items()}
+    assert all(found == keys["one"] for found in keys.values())
+    assert {key.split(".")[0] for key in keys["one"]} == {"model", "optimizer"}
+    assert open_checkpoint(checkpoints_folder(run_dirs["tp2pp2"]) / "step_00000003").layout["world_size"] == 4
+
+
+def test_torch_is_single_threaded_here() -> None:
+    """Bitwise claims fix the number of threads; ranks of these tests use one."""
+    assert run_on_ranks(torch.get_num_threads, 1) == [1]

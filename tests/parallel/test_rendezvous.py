@@ -1,0 +1,66 @@
+"""Launchers are recognised by their variables; half-set ones are refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mm15_megatron.config.schema import ParallelConfig
+from mm15_megatron.errors import BackendError, ConfigError
+from mm15_megatron.parallel.rendezvous import Rendezvous, discover
+from mm15_megatron.parallel.topology import prepare_device
+
+TORCHRUN = {
+    "RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4",
+    "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500", "TORCHELASTIC_RUN_ID": "x",
+}  # fmt: skip
+SRUN = {
+    "SLURM_JOB_ID": "41007", "SLURM_STEP_ID": "0", "SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_STEP_NUM_TASKS": "4",
+    "SLURM_STEP_TASKS_PER_NODE": "2(x2)", "SLURM_STEP_NODELIST": "alpha,beta",
+}  # fmt: skip
+
+
+def test_torchrun() -> None:
+    """Ranks and the agent's own store."""
+    assert discover(TORCHRUN) == Rendezvous("torchrun", 5, 8, 1, 4, "env://")
+
+
+def test_srun() -> None:
+    """The first host and a port that follows from the job id; MASTER_ADDR and MASTER_PORT win."""
+    assert discover(SRUN) == Rendezvous("srun", 3, 4, 1, 2, "tcp://alpha:21007")
+    chosen = discover({**SRUN, "MASTER_ADDR": "fd00::1", "MASTER_PORT": "777"})
+    assert chosen.init_method == "tcp://[fd00::1]:777"
+
+
+def test_torchrun_under_srun_wins() -> None:
+    """One torchrun a node, started by srun."""
+    assert discover({**SRUN, **TORCHRUN}).launcher == "torchrun"
+
+
+def test_a_shell_inside_an_allocation_is_a_single_process() -> None:
+    """salloc and sbatch set job variables without starting tasks."""
+    assert discover({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "8"}).world_size == 1
+    assert discover({}).launcher == "single"
+
+
+def test_incomplete_variables_are_refused() -> None:
+    """The missing names are in the message."""
+    with pytest.raises(ConfigError, match=r"MASTER_ADDR, MASTER_PORT"):
+        discover({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"})
+    lost = {key: value for key, value in SRUN.items() if key not in ("SLURM_STEP_NODELIST", "SLURM_JOB_ID")}
+    with pytest.raises(ConfigError, match="4 tasks"):
+        discover(lost)
+
+
+def test_compressed_node_list_without_scontrol_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """scontrol expands alpha[01-04]; where it is absent the fix is named."""
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(ConfigError, match="MASTER_ADDR"):
+        discover({**SRUN, "SLURM_STEP_NODELIST": "alpha[01-04]"})
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is present")
+def test_cuda_is_refused_where_absent() -> None:
+    """The message names the fix."""
+    with pytest.raises(BackendError, match=r"parallel\.device"):
+        prepare_device(ParallelConfig().device, local_rank=0)

@@ -1,0 +1,119 @@
+"""Presets: golden texts, sources, and the published values that must not move."""
+
+from __future__ import annotations
+
+import pytest
+
+from mm15_megatron.config.dump import diff, load_flat
+from mm15_megatron.config.schema import RunConfig
+from mm15_megatron.config.tree import OPTIONS
+from mm15_megatron.config.validate import NOT_TRAINED_YET, RULES, validate
+from mm15_megatron.errors import ConfigError
+from mm15_megatron.presets import REGISTRY, resolve
+from tests.golden.update_presets import FOLDER, stale_presets, update
+
+EXPECTED_MODELS = (
+    "mm1_3b mm1_7b mm1_30b mm1_3b_moe mm1_7b_moe mm15_1b mm15_3b mm15_7b mm15_30b mm15_1b_moe mm15_3b_moe "
+    "mm1_ablation_base mm1_lr_9m mm1_lr_85m mm1_lr_302m debug_dense debug_moe debug_vision"
+).split()
+
+
+def test_every_model_of_the_family_is_there():
+    assert set(EXPECTED_MODELS) <= set(REGISTRY)
+
+
+def test_golden_texts_are_todays_presets():
+    assert stale_presets(FOLDER) == []
+
+
+def test_update_writes_and_prunes(tmp_path):
+    (tmp_path / "gone.txt").write_text("x")
+    assert "gone" in stale_presets(tmp_path)
+    update(tmp_path)
+    assert stale_presets(tmp_path) == []
+
+
+@pytest.mark.parametrize("name", REGISTRY)
+def test_golden_text_loads_back(name):
+    assert diff(load_flat(REGISTRY[name].text()), resolve(name)) == []
+
+
+@pytest.mark.parametrize("name", REGISTRY)
+def test_every_difference_from_the_defaults_has_a_source(name):
+    sources = REGISTRY[name].sources()
+    changed = {d.path for d in diff(RunConfig(), resolve(name))} - {"preset"}
+    assert changed <= set(sources)
+    assert set(sources) <= set(OPTIONS)
+    assert all(source.split(":")[0] in ("published", "derived", "ours") for source in sources.values())
+
+
+@pytest.mark.parametrize("name", REGISTRY)
+def test_presets_pass_every_rule_of_shape(name):
+    cfg = resolve(name)
+    world = 1 if cfg.parallel.device == "cpu" else 64
+    for rule in RULES:
+        if rule not in NOT_TRAINED_YET:
+            rule(cfg, world)
+
+
+@pytest.mark.parametrize("name", ["debug_dense", "debug_vision", "mm1_3b", "mm15_30b", "mm1_ablation_base"])
+def test_dense_adamw_presets_can_be_trained(name):
+    cfg = resolve(name)
+    validate(cfg, world_size=1 if cfg.parallel.device == "cpu" else 64)
+
+
+@pytest.mark.parametrize("name", ["debug_moe", "mm1_7b_moe", "mm15_3b_sft"])
+def test_presets_that_are_not_trained_yet_say_so(name):
+    cfg = resolve(name)
+    with pytest.raises(ConfigError, match="can be printed and counted, not trained"):
+        validate(cfg, world_size=1 if cfg.parallel.device == "cpu" else 64)
+
+
+@pytest.mark.parametrize(("name", "rate"), [("mm1_3b", 6e-5), ("mm1_7b", 4e-5), ("mm1_30b", 2e-5), ("mm15_1b", 8.6e-5)])
+def test_pretraining_recipe(name, rate):
+    cfg = resolve(name)
+    assert cfg.optimizer.lr == rate
+    assert cfg.optimizer.connector_lr == 8e-5
+    assert (cfg.train.steps, cfg.train.global_batch_size, cfg.data.seq_length) == (200_000, 512, 4096)
+    assert (cfg.schedule.warmup_steps, cfg.schedule.min_lr_ratio, cfg.optimizer.clip_grad) == (2000, 0.1, 1.0)
+    assert cfg.train.steps * cfg.train.global_batch_size * cfg.data.seq_length == pytest.approx(419.4e9, rel=1e-3)
+    assert cfg.language.z_loss_coeff == (1e-4 if "30b" in name else 0.0)
+
+
+@pytest.mark.parametrize("size", ["1b", "3b", "7b", "30b", "1b_moe", "3b_moe"])
+def test_mm15_stages(size):
+    continual, sft = resolve(f"mm15_{size}_continual"), resolve(f"mm15_{size}_sft")
+    assert (continual.train.steps, sft.train.steps) == (30_000, 23_000)
+    assert (continual.optimizer.lr, sft.optimizer.lr) == (1e-5, 2e-5)
+    for cfg in (continual, sft):
+        assert cfg.optimizer.name == "adafactor"
+        assert cfg.schedule.min_lr_ratio == 0.0
+        assert cfg.train.global_batch_size == 256
+        assert (cfg.vision.image_size, cfg.vision.grid_size, cfg.vision.stored_grid_size) == (672, 48, 27)
+        assert (cfg.tiling.mode, cfg.tiling.min_tiles, cfg.tiling.max_tiles) == ("dynamic", 4, 9)
+        assert cfg.tiling.overview == "after"
+    assert continual.train.steps * 256 == 7_680_000
+    assert sft.train.steps * 256 == 5_888_000
+
+
+def test_stages_keep_the_model():
+    base, sft = resolve("mm15_3b"), resolve("mm15_3b_sft")
+    assert base.language == sft.language
+    assert base.connector == sft.connector
+    assert base.train.run_dir != sft.train.run_dir
+
+
+def test_mm1_sft():
+    cfg = resolve("mm1_30b_sft")
+    assert (cfg.optimizer.lr, cfg.train.steps, cfg.train.global_batch_size, cfg.data.seq_length) == (
+        1e-5,
+        10_000,
+        256,
+        2048,
+    )
+    assert (cfg.tiling.mode, cfg.tiling.overview) == ("static", "before")
+
+
+def test_unknown_preset_suggests():
+    with pytest.raises(ConfigError, match="did you mean 'debug_dense'"):
+        resolve("debug_dens")
