@@ -37,6 +37,8 @@ def test_to_moves_every_tensor() -> None:
     cfg = debug_config()
     batch = batch_of_rows([row_of("one", cfg, seed=0)], cfg)
     moved = batch.to(torch.device("meta"))
-    assert moved.tokens_T is not None and moved.tokens_T.is_meta
+    assert moved.tokens_T is not None
+    assert moved.tokens_T.is_meta
     assert moved.segment_bounds_G.is_meta
-    assert moved.max_segment == batch.max_segment and moved.num_tokens == cfg.data.seq_length
+    assert moved.max_segment == batch.max_segment
+    assert moved.num_tokens == cfg.data.seq_length

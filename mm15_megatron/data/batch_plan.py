@@ -37,7 +37,7 @@ class BatchPlan:
             growth = self.global_batch_size - start
             if start < 1 or increment < 1 or rows < 1 or growth < 0 or growth % increment:
                 raise ConfigError(
-                    f"train.rampup_batch_size {self.rampup} does not lead to global_batch_size {self.global_batch_size}",
+                    f"train.rampup_batch_size {self.rampup} does not reach global_batch_size {self.global_batch_size}",
                     fix="choose start and increment so that start + k * increment is the global batch size",
                 )
             sizes = [*range(start, self.global_batch_size, increment), self.global_batch_size]

@@ -266,8 +266,8 @@ def lay_out(rows: Sequence[tuple[int, Sequence[Sample]]], rules: PackingRules) -
             stop = at + len(segment.tokens)
             if stop > end or len(samples) > rules.max_samples:
                 raise DataError(
-                    f"row {row}: document {sample.document} of source {sample.source!r} ends at "
-                    f"{stop - end + length} of {length} tokens, with {len(samples)} samples of at most {rules.max_samples}",
+                    f"row {row}: document {sample.document} of source {sample.source!r} ends at token "
+                    f"{stop - end + length} of {length}; {len(samples)} samples of at most {rules.max_samples}",
                     fix="the dataset changed under the run: start again with fresh rows",
                 )
             tokens[at:stop], labels[at:stop], weights[at:stop] = segment.tokens, segment.labels, segment.weights

@@ -1,10 +1,11 @@
 """Self-attention of the decoder and of the encoder on megatron-core's linear layers.
 
-The decoder sees packed rows: R rows of S tokens lie end to end as one sequence of T tokens with cumulative segment bounds
-(megatron-core's THD format), and no token attends across a bound. The encoder sees a batch of tiles and attends everywhere.
+The decoder sees packed rows: R rows of S tokens lie end to end as one sequence of T tokens with cumulative segment
+bounds (megatron-core's THD format), and no token attends across a bound. The encoder sees a batch of tiles and attends
+everywhere.
 
-S, B: sequence and batch of an encoder batch; T: tokens of a packed row; N: heads of this rank; M: key/value heads of this
-rank; K: head dimension; H: width.
+S, B: sequence and batch of an encoder batch; T: tokens of a packed row; N: heads of this rank; M: key/value heads of
+this rank; K: head dimension; H: width.
 """
 
 from __future__ import annotations
@@ -106,9 +107,11 @@ class LocalCoreAttention(nn.Module):
         """
         if packed_seq_params is None:
             return self._batched(query, key, value)
-        if packed_seq_params.segments is None:
-            return self._varlen(query, key, value, packed_seq_params)
-        return self._per_segment(query, key, value, packed_seq_params.segments)
+        if packed_seq_params.segments is not None:
+            return self._per_segment(query, key, value, packed_seq_params.segments)
+        if query.dtype == torch.float32:
+            return self._masked(query, key, value, packed_seq_params.cu_seqlens_q)
+        return self._varlen(query, key, value, packed_seq_params)
 
     def _attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """Attend with [..., heads, tokens, K] operands."""
@@ -127,6 +130,21 @@ class LocalCoreAttention(nn.Module):
         parts = [self._attend(q[:, :, a:b], k[:, :, a:b], v[:, :, a:b]) for a, b in segments]
         return torch.cat(parts, dim=2)[0].transpose(0, 1).flatten(1)
 
+    def _masked(
+        self, q_TNK: torch.Tensor, k_TMK: torch.Tensor, v_TMK: torch.Tensor, bounds_G: torch.Tensor
+    ) -> torch.Tensor:
+        """fp32 on a GPU, for parity runs: varlen kernels know half precision alone, so the mask is explicit."""
+        token_T = torch.arange(q_TNK.shape[0], device=q_TNK.device, dtype=bounds_G.dtype)
+        segment_T = torch.bucketize(token_T, bounds_G[1:], right=True)
+        allowed_TT = segment_T[:, None] == segment_T[None]
+        if self.causal:
+            allowed_TT = allowed_TT & (token_T[:, None] >= token_T[None])
+        q, k, v = (x.transpose(0, 1)[None] for x in (q_TNK, k_TMK, v_TMK))
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=allowed_TT, scale=self.scale, enable_gqa=q.shape[1] != k.shape[1]
+        )
+        return out[0].transpose(0, 1).flatten(1)
+
     def _varlen(self, q_TNK: torch.Tensor, k_TMK: torch.Tensor, v_TMK: torch.Tensor, rows: PackedRows) -> torch.Tensor:
         # Imported here: the kernel exists on CUDA builds only.
         from torch.nn.attention.varlen import varlen_attn
@@ -134,8 +152,15 @@ class LocalCoreAttention(nn.Module):
         groups = q_TNK.shape[1] // k_TMK.shape[1]
         k, v = (x.repeat_interleave(groups, dim=1) if groups > 1 else x for x in (k_TMK, v_TMK))
         out_TNK = varlen_attn(
-            q_TNK, k, v, rows.cu_seqlens_q, rows.cu_seqlens_kv, rows.max_seqlen_q, rows.max_seqlen_kv,
-            is_causal=self.causal, scale=self.scale,
+            q_TNK,
+            k,
+            v,
+            rows.cu_seqlens_q,
+            rows.cu_seqlens_kv,
+            rows.max_seqlen_q,
+            rows.max_seqlen_kv,
+            is_causal=self.causal,
+            scale=self.scale,
         )
         return out_TNK.flatten(1)
 
@@ -143,8 +168,8 @@ class LocalCoreAttention(nn.Module):
 class PackedSelfAttention(SelfAttention):
     """megatron-core's self-attention parameters with rotation by position ids.
 
-    The projections, their sharding and the optional query/key norms are megatron-core's. The forward pass is ours because
-    megatron-core's own applies RoPE from the bounds and refuses packed rows in its local core attention.
+    The projections, their sharding and the optional query/key norms are megatron-core's. The forward pass is ours
+    because megatron-core's own applies RoPE from the bounds and refuses packed rows in its local core attention.
     """
 
     def forward(
@@ -158,8 +183,8 @@ class PackedSelfAttention(SelfAttention):
         """Project, rotate, attend, project back.
 
         Args:
-            hidden_states: [T, 1, H] (a packed row) or [S, B, H] (an encoder batch); under sequence parallelism the first
-                dimension is this rank's shard.
+            hidden_states: [T, 1, H] (a packed row) or [S, B, H] (an encoder batch); under sequence parallelism the
+                first dimension is this rank's shard.
             attention_mask: not used.
             packed_seq_params: the packed row; None for an encoder batch.
             unused: arguments of megatron-core's attention that have no meaning here (inference contexts, its RoPE).

@@ -1,7 +1,7 @@
 """The seam to Transformer Engine and apex: which classes compute a layer.
 
-``kernels.transformer_impl`` names the implementation. It is never chosen silently: a library that was asked for and cannot be
-imported is an error that carries the import error.
+``kernels.transformer_impl`` names the implementation. It is never chosen silently: a library that was asked for and
+cannot be imported is an error that carries the import error.
 """
 
 from __future__ import annotations

@@ -33,8 +33,8 @@ def build_model(cfg: RunConfig, *, stage: Stage) -> MM15Model:
 def synchronise_replicas(model: MM15Model, *, group: ProcessGroup) -> int:
     """Make replicated parameters bitwise equal inside the tensor-parallel group.
 
-    The initial weights are a function of the name, so nothing should differ; what does (a driver that draws differently) is
-    overwritten by the group's first rank and counted.
+    The initial weights are a function of the name, so nothing should differ; what does (a driver that draws
+    differently) is overwritten by the group's first rank and counted.
 
     Returns:
         The number of replicated parameters that had differed on any rank of the group.

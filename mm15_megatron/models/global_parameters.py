@@ -1,11 +1,11 @@
 """Parameters by their global name: one description of what every shard is a shard of.
 
-A layout decides which rank holds which slice; the name and the shape of the whole parameter do not depend on it. Initial
-weights, gathered gradients, checkpoints and conversions all read this one description.
+A layout decides which rank holds which slice; the name and the shape of the whole parameter do not depend on it.
+Initial weights, gathered gradients, checkpoints and conversions all read this one description.
 
-Two facts make a shard more than a slice. A stage numbers its layers from zero, so names carry the global layer number instead.
-And the first linear layer of a gated MLP holds [gate; up] on every rank, so its whole is described as [2, ffn, hidden], split
-along its middle dimension.
+Two facts make a shard more than a slice. A stage numbers its layers from zero, so names carry the global layer number
+instead. And the first linear layer of a gated MLP holds [gate; up] on every rank, so its whole is described as [2, ffn,
+hidden], split along its middle dimension.
 """
 
 from __future__ import annotations

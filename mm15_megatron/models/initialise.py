@@ -1,7 +1,7 @@
 """Initial weights as a pure function of (seed, global parameter name).
 
-Every rank draws the whole parameter from a generator keyed by its name and keeps its slice, so the initial model does not depend
-on tensor, pipeline or data parallelism, on the backend, or on the order in which modules were built.
+Every rank draws the whole parameter from a generator keyed by its name and keeps its slice, so the initial model does
+not depend on tensor, pipeline or data parallelism, on the backend, or on the order in which modules were built.
 """
 
 from __future__ import annotations
@@ -22,8 +22,10 @@ _EMBEDDINGS = ("class_token", "position_embedding")
 def initial_std(name: str, shape: tuple[int, ...], cfg: RunConfig) -> float | None:
     """Standard deviation of a parameter's initial values; None for constants (norms: 1, biases: 0).
 
-    Decoder: ``language.init_method_std``, divided by sqrt(2 L) for the layers that write to the residual stream. Encoder and
-    connector: fan-in scaling (variance 1 / fan_in), embeddings 0.02; the encoder's residual outputs also divided by sqrt(2 L).
+    Decoder: ``language.init_method_std``, divided by sqrt(2 L) for the layers that write to the residual stream.
+        Encoder and
+    connector: fan-in scaling (variance 1 / fan_in), embeddings 0.02; the encoder's residual outputs also divided by
+        sqrt(2 L).
     Unpublished: our default.
     """
     leaf = name.rsplit(".", 1)[-1]
@@ -33,7 +35,11 @@ def initial_std(name: str, shape: tuple[int, ...], cfg: RunConfig) -> float | No
         return None
     residual = name.endswith(_RESIDUAL_OUTPUTS)
     if name.startswith("language_model."):
-        return cfg.language.init_method_std / (2 * cfg.language.num_layers) ** 0.5 if residual else cfg.language.init_method_std
+        return (
+            cfg.language.init_method_std / (2 * cfg.language.num_layers) ** 0.5
+            if residual
+            else cfg.language.init_method_std
+        )
     fan_in = 1
     for size in shape[1:]:
         fan_in *= size

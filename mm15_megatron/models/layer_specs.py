@@ -52,5 +52,5 @@ def dense_layer_spec(backend: Backend, *, mask: AttnMaskType, qk_layernorm: bool
 
 
 def block_spec(backend: Backend, layer: ModuleSpec, *, num_layers: int) -> TransformerBlockSubmodules:
-    """A block of ``num_layers`` equal layers followed by the backend's norm (built only where the block asks for one)."""
+    """Equal layers followed by the backend's norm (which is built only where the block asks for one)."""
     return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=backend.norm)

@@ -57,8 +57,8 @@ class Stage:
 class MM15Model(MegatronModule):
     """One chunk of the model.
 
-    ``forward`` takes an :class:`MMBatch` and returns logits [1, T, V] on the last stage, hidden states [T, 1, H] (this rank's
-    sequence shard under sequence parallelism) on the others.
+    ``forward`` takes an :class:`MMBatch` and returns logits [1, T, V] on the last stage, hidden states [T, 1, H] (this
+    rank's sequence shard under sequence parallelism) on the others.
     """
 
     def __init__(self, cfg: RunConfig, *, backend: Backend, stage: Stage) -> None:
@@ -114,11 +114,13 @@ class MM15Model(MegatronModule):
     def image_tokens(self, batch: MMBatch) -> torch.Tensor:
         """Encode this rank's tiles and return the tokens of all tiles of the micro-batch, [N, P, H].
 
-        With a shared encoder every tensor-parallel rank encodes the same number of tiles and the tokens are gathered; the
-        gradient of the gather is a split, and ``parallel/reduce.py`` sums the encoder's gradients afterwards.
+        With a shared encoder every tensor-parallel rank encodes the same number of tiles and the tokens are gathered;
+        the gradient of the gather is a split, and ``parallel/reduce.py`` sums the encoder's gradients afterwards.
         """
         if batch.tiles_N3HW is None or batch.slots_NP is None:
-            raise DataError("a micro-batch without tiles or slots reached the encoder", fix="build it with reads_images=True")
+            raise DataError(
+                "a micro-batch without tiles or slots reached the encoder", fix="build it with reads_images=True"
+            )
         with torch.no_grad() if self.encoder_is_frozen else nullcontext():
             features = self.vision_encoder(batch.tiles_N3HW)
         tokens_NPH = self.connector(features)

@@ -1,7 +1,7 @@
 """Rotary position embedding by explicit position ids.
 
-megatron-core derives the angles of a packed row from its bounds, which costs a host synchronisation in every layer. Here the
-positions come with the batch (``MMBatch.position_ids_T``), so one table a forward pass serves every layer.
+megatron-core derives the angles of a packed row from its bounds, which costs a host synchronisation in every layer.
+Here the positions come with the batch (``MMBatch.position_ids_T``), so one table a forward pass serves every layer.
 
 T: tokens of the packed row; N: heads; K: head dimension.
 """

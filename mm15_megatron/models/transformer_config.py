@@ -20,7 +20,7 @@ def quick_gelu(x: torch.Tensor) -> torch.Tensor:
 
 
 def leave_uninitialised(weight: torch.Tensor) -> torch.Tensor:
-    """Initialise nothing: ``initialise.py`` fills every parameter as a function of (seed, name), whatever the layout."""
+    """Initialise nothing: ``initialise.py`` fills every parameter as a function of (seed, name)."""
     return weight
 
 
@@ -39,7 +39,6 @@ def _shared(cfg: RunConfig) -> dict[str, Any]:
         "calculate_per_token_loss": True,
         "gradient_accumulation_fusion": False,
         "masked_softmax_fusion": False,
-        "persist_layer_norm": cfg.kernels.transformer_impl == "transformer_engine",
         "bias_dropout_fusion": cfg.kernels.compile_fusions,
         "use_cpu_initialization": False,
         "deallocate_pipeline_outputs": True,
@@ -84,7 +83,8 @@ def vision_layers_built(cfg: RunConfig) -> int:
 def vision_transformer_config(cfg: RunConfig) -> TransformerConfig:
     """Return megatron-core's configuration of the encoder.
 
-    The encoder is never pipelined and never sequence-parallel: it lives whole on stage 0, and a tile's token count is odd.
+    The encoder is never pipelined and never sequence-parallel: it lives whole on stage 0, and a tile's token count is
+    odd.
     """
     vision, parallel = cfg.vision, cfg.parallel
     tensor = parallel.tensor_model_parallel_size if parallel.encoder_parallel == "tensor" else 1

@@ -1,7 +1,7 @@
 """Give a rank its part of a micro-batch: the fields its stage needs and, with a shared encoder, its share of the tiles.
 
-Loaders build exactly this part from the start. A batch that every rank holds whole (a synthetic stream, a recorded one) is cut
-here by the same rules.
+Loaders build exactly this part from the start. A batch that every rank holds whole (a synthetic stream, a recorded one)
+is cut here by the same rules.
 """
 
 from __future__ import annotations

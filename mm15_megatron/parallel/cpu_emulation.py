@@ -1,8 +1,8 @@
 """Let megatron-core run on the CPU: an explicit opt-in, used by ``parallel.device=cpu`` alone.
 
-megatron-core 0.16 asks torch.cuda for a device, a stream, a random-number state and a tensor type in many places. ``install``
-answers those calls for a machine without a GPU; arithmetic is not touched, so the real layers, schedules and optimizers run.
-Nothing is installed when CUDA is used, and installing beside a working GPU is refused.
+megatron-core 0.16 asks torch.cuda for a device, a stream, a random-number state and a tensor type in many places.
+``install`` answers those calls for a machine without a GPU; arithmetic is not touched, so the real layers, schedules
+and optimizers run. Nothing is installed when CUDA is used, and installing beside a working GPU is refused.
 """
 
 from __future__ import annotations
@@ -17,7 +17,19 @@ import torch
 from mm15_megatron.errors import BackendError
 
 _CPU = torch.device("cpu")
-_FACTORIES = ("empty", "zeros", "ones", "full", "tensor", "arange", "rand", "randn", "empty_like", "zeros_like", "ones_like")
+_FACTORIES = (
+    "empty",
+    "zeros",
+    "ones",
+    "full",
+    "tensor",
+    "arange",
+    "rand",
+    "randn",
+    "empty_like",
+    "zeros_like",
+    "ones_like",
+)
 _INERT = ("synchronize", "empty_cache", "set_device", "reset_peak_memory_stats", "ipc_collect")
 
 

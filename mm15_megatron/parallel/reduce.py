@@ -1,8 +1,8 @@
 """What happens to gradients between the last backward pass and the optimizer.
 
-megatron-core reduces over data-parallel ranks, sums what sequence parallelism left partial and ties the embeddings. Two things
-are ours: the encoder's gradients are summed over the tensor-parallel group when each of its ranks encoded other tiles, and the
-loss is normalised by the weight of all targets of the global batch (numerics sections 1 and 5).
+megatron-core reduces over data-parallel ranks, sums what sequence parallelism left partial and ties the embeddings. Two
+things are ours: the encoder's gradients are summed over the tensor-parallel group when each of its ranks encoded other
+tiles, and the loss is normalised by the weight of all targets of the global batch (numerics sections 1 and 5).
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Who am I among how many: torchrun, srun or a single process.
 
-The launcher is recognised by the variables it sets, and a mixture that cannot be right (srun starting several tasks without the
-run knowing its address, torchrun's variables half set) is an error instead of a one-rank run that looks healthy.
+The launcher is recognised by the variables it sets, and a mixture that cannot be right (srun starting several tasks
+without the run knowing its address, torchrun's variables half set) is an error instead of a one-rank run that looks
+healthy.
 """
 
 from __future__ import annotations
@@ -43,8 +44,9 @@ class Rendezvous:
 def discover(environ: Mapping[str, str] | None = None) -> Rendezvous:
     """Read the launcher's variables.
 
-    torchrun wins over srun (torchrun is often started by srun, one a node). Under srun the first host of the job's node list is
-    the meeting point unless MASTER_ADDR names another; the port follows from the job id unless MASTER_PORT is set.
+    torchrun wins over srun (torchrun is often started by srun, one a node). Under srun the first host of the job's node
+    list is the meeting point unless MASTER_ADDR names another; the port follows from the job id unless MASTER_PORT is
+    set.
 
     Raises:
         ConfigError: if a launcher's variables are incomplete.
@@ -70,7 +72,9 @@ def _from_torchrun(env: Mapping[str, str]) -> Rendezvous:
         int(env["WORLD_SIZE"]),
         int(env["LOCAL_RANK"]),
         int(env.get("LOCAL_WORLD_SIZE", "1")),
-        f"tcp://{_bracketed(env['MASTER_ADDR'])}:{env['MASTER_PORT']}" if "TORCHELASTIC_RUN_ID" not in env else "env://",
+        f"tcp://{_bracketed(env['MASTER_ADDR'])}:{env['MASTER_PORT']}"
+        if "TORCHELASTIC_RUN_ID" not in env
+        else "env://",
     )
 
 

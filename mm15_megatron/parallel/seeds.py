@@ -1,7 +1,7 @@
 """Random-number states of a run.
 
-Weights are a function of (seed, parameter name) and the data order of (seed, mixture, row), so these states serve only what
-megatron-core draws by itself (recomputation contexts, dropout if ever switched on).
+Weights are a function of (seed, parameter name) and the data order of (seed, mixture, row), so these states serve only
+what megatron-core draws by itself (recomputation contexts, dropout if ever switched on).
 """
 
 from __future__ import annotations

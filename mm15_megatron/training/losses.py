@@ -51,12 +51,13 @@ def vocabulary_shard(*, vocab_size: int, padded_size: int, group: ProcessGroup) 
 def token_losses(logits_TV: torch.Tensor, labels_T: torch.Tensor, shard: VocabularyShard) -> TokenLosses:
     """Cross-entropy and squared logsumexp of every token (MM1: z-loss 1e-4 for the 30B model; AXLearn's formula).
 
-    The fp32 copy of the logits exists for one chunk of tokens at a time, and the gradient is written into the storage of
-    ``logits_TV``: nobody else may read the logits after this call.
+    The fp32 copy of the logits exists for one chunk of tokens at a time, and the gradient is written into the storage
+    of ``logits_TV``: nobody else may read the logits after this call.
 
     Args:
         logits_TV: this rank's logits, any floating dtype.
-        labels_T: int64 target ids; tokens without a target may hold any id of the vocabulary, their loss is to be masked.
+        labels_T: int64 target ids; tokens without a target may hold any id of the vocabulary, their loss is to be
+            masked.
         shard: which ids the columns are.
     """
     cross_entropy, squared = _VocabularyLosses.apply(logits_TV, labels_T, shard)

@@ -14,10 +14,9 @@ from mm15_megatron.accounting import resolved_learning_rate
 from mm15_megatron.config.schema import RunConfig
 from mm15_megatron.errors import ConfigError
 from mm15_megatron.models.mm_model import MM15Model
-from mm15_megatron.parallel.topology import Topology
 
 
-def wrap_chunks(cfg: RunConfig, chunks: Sequence[MM15Model], *, topology: Topology) -> list[DistributedDataParallel]:
+def wrap_chunks(cfg: RunConfig, chunks: Sequence[MM15Model]) -> list[DistributedDataParallel]:
     """Wrap model chunks so that gradients accumulate in contiguous buffers and reduce over data-parallel ranks."""
     parallel = cfg.parallel
     config = DistributedDataParallelConfig(
@@ -27,12 +26,16 @@ def wrap_chunks(cfg: RunConfig, chunks: Sequence[MM15Model], *, topology: Topolo
         use_distributed_optimizer=parallel.use_distributed_optimizer,
         check_for_nan_in_grad=False,  # a non-finite norm skips the step instead of ending the run
     )
-    return [
-        DistributedDataParallel(
-            config=chunk.config, ddp_config=config, module=chunk, disable_bucketing=index > 0
-        )
+    wrapped = [
+        DistributedDataParallel(config=chunk.config, ddp_config=config, module=chunk, disable_bucketing=index > 0)
         for index, chunk in enumerate(chunks)
     ]
+    if parallel.overlap_grad_reduce:
+        # Reduce after the last micro-batch alone.
+        no_sync = [chunk.no_sync for chunk in wrapped]
+        for chunk in chunks:
+            chunk.config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
+    return wrapped
 
 
 def learning_rates(cfg: RunConfig) -> dict[str, float]:
@@ -57,8 +60,8 @@ def module_of(name: str) -> str:
 def build_optimizer(cfg: RunConfig, chunks: Sequence[DistributedDataParallel]) -> ChainedOptimizer:
     """Build AdamW over the wrapped chunks.
 
-    Every parameter group carries its peak learning rate as ``max_lr`` and its decay multiplier as ``wd_mult``; the schedule
-    scales the former.
+    Every parameter group carries its peak learning rate as ``max_lr`` and its decay multiplier as ``wd_mult``; the
+    schedule scales the former.
 
     Raises:
         ConfigError: if the optimizer is one this version cannot build.

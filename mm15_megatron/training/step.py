@@ -165,7 +165,7 @@ def _run_schedule(
         data_iterator=batches,
         model=list(parts.chunks),
         num_microbatches=num_microbatches,
-        # Rows of a micro-batch lie end to end as one packed sequence; per-row shapes would break point-to-point transfers.
+        # Rows of a micro-batch lie end to end as one packed sequence; per-row shapes would break transfers.
         seq_length=cfg.data.seq_length * cfg.train.micro_batch_size,
         micro_batch_size=1,
         forward_only=forward_only,
@@ -186,7 +186,8 @@ def _loss(
 
     The second value is megatron-core's integer token count, which is not used: weights may be fractions.
     """
-    assert batch.labels_T is not None and batch.loss_mask_T is not None, "the last stage needs labels"
+    assert batch.labels_T is not None, "the last stage needs labels"
+    assert batch.loss_mask_T is not None, "the last stage needs target weights"
     language = cfg.language
     shard = vocabulary_shard(
         vocab_size=language.vocab_size, padded_size=padded_vocab_size(cfg), group=topology.groups.tp

@@ -13,10 +13,8 @@ from mm15_megatron.errors import MM15Error
 T = TypeVar("T")
 
 
-def global_rank() -> int:
-    """Return this process's rank; before the job is joined, what the launcher says (0 without one)."""
-    if torch.distributed.is_initialized():
-        return torch.distributed.get_rank()
+def launched_rank() -> int:
+    """Return the rank that the launcher gave this process, before or after the job is joined; 0 without a launcher."""
     return int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)
 
 

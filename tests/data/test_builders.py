@@ -22,7 +22,6 @@ from mm15_megatron.data.sft import (
 )
 from mm15_megatron.data.tokenizer import Tokenizer
 from mm15_megatron.errors import DataError
-
 from tests.data.images import photo
 
 USER, ANSWER = Turn("user", "<image>\nWhat?"), Turn("assistant", "7")

@@ -19,7 +19,9 @@ HEADER = f"{'layout':34} {'ranks':>5} {'loss':>9} {'grad norm':>9} {'gradient':>
 
 VARIANTS = {
     "dense": {},
-    "tied-qknorm": {"language": {"share_embeddings_and_output_weights": True, "qk_layernorm": True, "z_loss_coeff": 1e-2}},
+    "tied-qknorm": {
+        "language": {"share_embeddings_and_output_weights": True, "qk_layernorm": True, "z_loss_coeff": 1e-2}
+    },
     "encoder-frozen": {"freeze": {"vision": True}},
     "language-frozen": {"freeze": {"language": True}},
     "average-pool": {"connector": {"kind": "average_pool"}, "vision": {"post_layernorm": True, "class_token": False}},

@@ -1,4 +1,4 @@
-"""Compare the golden text of every preset, or write it anew with --update (then read the difference before committing)."""
+"""Compare the golden text of every preset, or write it anew with --update; read the difference before committing."""
 
 from __future__ import annotations
 

@@ -7,13 +7,13 @@ from dataclasses import dataclass, replace
 from mm15_megatron.config.schema import RunConfig
 from mm15_megatron.presets import resolve
 
-# AdamW turns rounding noise in tiny gradients into visible updates; an epsilon well above that noise keeps the comparison
-# about the gradients.
+# AdamW turns rounding noise in tiny gradients into visible updates; an epsilon well above that noise keeps the
+# comparison about the gradients.
 ADAM_EPS = 1e-5
 
 
 def debug_config(preset: str = "debug_dense", **sections: dict[str, object]) -> RunConfig:
-    """Return a debug preset for parity runs, with section overrides such as ``parallel={"tensor_model_parallel_size": 2}``."""
+    """Return a debug preset with section overrides such as ``parallel={"tensor_model_parallel_size": 2}``."""
     cfg = resolve(preset)
     cfg = replace(cfg, optimizer=replace(cfg.optimizer, adam_eps=ADAM_EPS))
     return change(cfg, **sections)

@@ -1,8 +1,8 @@
-"""The parity harness: one initial state, one stream of mixed batches, any layout; losses, gradients and parameters compared.
+"""The parity harness: one initial state, one stream of mixed batches, any layout; what it computes is compared.
 
-Initial weights are a function of (seed, name), so every layout starts from the same model. A layout is a list of overrides of the
-configuration; ``trace`` runs it on real gloo ranks and returns what one whole model would show: losses and gradient norms of every
-step, every gradient gathered from its shards, and the final parameters.
+Initial weights are a function of (seed, name), so every layout starts from the same model. A layout is a list of
+overrides of the configuration; ``trace`` runs it on real gloo ranks and returns what one whole model would show: losses
+and gradient norms of every step, every gradient gathered from its shards, and the final parameters.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from mm15_megatron.training.step import StepParts, accumulate_gradients, apply_g
 from .ranks import rank_place, run_on_ranks
 from .streams import batch_of_rows, global_batch
 
-# fp32 sums taken in another order, five steps deep. Seen: 1e-5 of the largest entry of a gradient, 1e-6 of a loss or a norm.
+# fp32 sums taken in another order, five steps deep. Seen: 1e-5 of the largest entry of a gradient, 1e-6 of a loss.
 FP32_REDUCTION = 5e-5
 FP32_SCALAR = 5e-6
-# AdamW divides by sqrt(v), which enlarges the noise of small gradients; seen: 5e-5 of the distance a parameter may move.
+# AdamW divides by sqrt(v), which enlarges the noise of small gradients; seen: 5e-5 of what a parameter may move.
 UPDATE_SHARE = 1e-3
 
 
@@ -63,7 +63,7 @@ def build_parts(cfg: RunConfig) -> StepParts:
         post_process=topology.is_last_stage,
         shares_tiles=topology.encoder_shares_tiles,
     )
-    chunks = wrap_chunks(cfg, [build_model(cfg, stage=stage)], topology=topology)
+    chunks = wrap_chunks(cfg, [build_model(cfg, stage=stage)])
     optimizer = build_optimizer(cfg, chunks)
     for group in optimizer.param_groups:
         group["lr"] = group["max_lr"]
@@ -206,8 +206,6 @@ def compare(reference: Trace, other: Trace, *, learning_rate: float) -> Differen
         loss=max(abs(a - b) for a, b in zip(reference.losses, other.losses, strict=True)),
         grad_norm=max(abs(a - b) / a for a, b in zip(reference.grad_norms, other.grad_norms, strict=True)),
         gradient=gradients[worst],
-        parameter=max(
-            distance(other.parameters[name], whole) / update for name, whole in reference.parameters.items()
-        ),
+        parameter=max(distance(other.parameters[name], whole) / update for name, whole in reference.parameters.items()),
         first=worst,
     )

@@ -1,7 +1,8 @@
 """Run a function on several gloo ranks, each a real process from one preloaded forkserver.
 
-A forkserver imports torch and megatron-core once; every rank is then a fork of it, so a four-rank test starts in a fraction of a
-second. Ranks meet through a file, use one thread each, and report their result or their traceback with the rank's number.
+A forkserver imports torch and megatron-core once; every rank is then a fork of it, so a four-rank test starts in a
+fraction of a second. Ranks meet through a file, use one thread each, and report their result or their traceback with
+the rank's number.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ class RankFailure(AssertionError):
 def run_on_ranks(fn: Callable[..., Any], world_size: int, *, timeout: float = 240.0, **kwargs: Any) -> list[Any]:
     """Call ``fn(**kwargs)`` on ``world_size`` ranks of a job and return their results in rank order.
 
-    ``fn`` and its arguments must be picklable; inside, ``rank_place()`` tells the rank. torch.distributed is initialised before
-    ``fn`` runs.
+    ``fn`` and its arguments must be picklable; inside, ``rank_place()`` tells the rank. torch.distributed is
+    initialised before ``fn`` runs.
 
     Raises:
         RankFailure: if any rank fails; the others are ended.

@@ -1,7 +1,7 @@
 """A fixed stream of mixed rows, built straight from the contract in ``mm15_megatron/batch.py``.
 
-It does not use the data room, so it is a second reading of the contract: text-only rows, rows with one image, rows with several,
-rows with padding at the end, and whole micro-batches without any image.
+It does not use the data room, so it is a second reading of the contract: text-only rows, rows with one image, rows with
+several, rows with padding at the end, and whole micro-batches without any image.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def _segment(generator: torch.Generator, cfg: RunConfig, *, text: int, images: i
     sentinel = cfg.language.vocab_size - 1
     pieces, starts, length = [], [], 0
     share = max(1, text // (images + 1))
-    for index in range(images):
+    for _index in range(images):
         starts.append(length)
         pieces += [torch.full((slots,), sentinel), torch.randint(0, sentinel, (share,), generator=generator)]
         length += slots + share

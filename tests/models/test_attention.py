@@ -44,13 +44,18 @@ def test_rotation_depends_on_distance_alone(generator: torch.Generator) -> None:
     torch.testing.assert_close(products[0], products[2], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("explicit_mask", [False, True])
 @pytest.mark.parametrize("kv_heads", [4, 2])
-def test_packed_attention_equals_a_dense_masked_softmax(kv_heads: int, generator: torch.Generator) -> None:
+def test_packed_attention_equals_a_dense_masked_softmax(
+    kv_heads: int, explicit_mask: bool, generator: torch.Generator
+) -> None:
     """Segments attend causally to themselves alone, with grouped key/value heads, forward and backward."""
     bounds = [0, 3, 3, 9, 10, 10, 10]
     q = torch.randn(10, 4, 8, generator=generator, requires_grad=True)
     k, v = (torch.randn(10, kv_heads, 8, generator=generator, requires_grad=True) for _ in range(2))
     rows = packed_rows(torch.tensor(bounds, dtype=torch.int32), max_segment=10, rotary=None)
+    if explicit_mask:
+        rows.segments = None  # as on a GPU, where the bounds stay on the device
     out = core(AttnMaskType.causal)(q, k, v, packed_seq_params=rows)
 
     segment = torch.bucketize(torch.arange(10), torch.tensor(sorted(set(bounds))[1:]), right=True)

@@ -90,7 +90,7 @@ def test_an_image_changes_what_follows_it_only(model: MM15Model, cfg: RunConfig)
 
 
 def test_dummy_tile_is_dropped_not_multiplied_by_zero(one_rank: Topology, cfg: RunConfig) -> None:
-    """A text-only micro-batch runs the encoder on a dummy: exact zero gradients, and not even infinities reach the text."""
+    """A text-only batch runs the encoder on a dummy: exact zero gradients, and not even infinities reach the text."""
     model = build(one_rank, cfg)
     batch = batch_of_rows([row_of("text", cfg, seed=1)], cfg)
     zeros = dataclasses.replace(batch, tiles_N3HW=torch.zeros(1, 3, 56, 56))
@@ -115,7 +115,9 @@ def test_initial_weights_are_a_function_of_seed_and_name(one_rank: Topology, cfg
     """Two builds agree bitwise; another seed differs; scales are as documented."""
     first, second = build(one_rank, cfg), build(one_rank, cfg)
     other = build(one_rank, change(cfg, train={"seed": 7}))
-    for a, b, c in zip(global_parameters([first]), global_parameters([second]), global_parameters([other]), strict=True):
+    for a, b, c in zip(
+        global_parameters([first]), global_parameters([second]), global_parameters([other]), strict=True
+    ):
         assert torch.equal(a.parameter, b.parameter), a.name
         if a.parameter.dim() > 1:
             assert not torch.equal(a.parameter, c.parameter), a.name

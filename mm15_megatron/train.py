@@ -1,0 +1,64 @@
+"""Train a model: ``python -m mm15_megatron.train --preset debug_dense data.tokenizer=... `` (alone, or under torchrun or srun).
+
+Exit codes: 0 the run is complete; 2 something in the input is wrong, and one message says what; 75 a signal (SIGTERM, SIGUSR1)
+stopped the run after a checkpoint, and the same command goes on from there. Anything else is a bug.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+from collections.abc import Sequence
+from contextlib import ExitStack
+
+from mm15_megatron.config.parse import ParsedRun, parse_run
+from mm15_megatron.errors import BackendError, DataError, MM15Error
+from mm15_megatron.presets import REGISTRY
+
+EXIT_BAD_INPUT = 2
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return the exit code."""
+    try:
+        parsed = parse_run(sys.argv[1:] if argv is None else argv, presets=REGISTRY)
+        if parsed.output is not None:
+            sys.stdout.write(parsed.output)
+            return 0
+        return _train(parsed)
+    except MM15Error as error:
+        _report(error)
+        return EXIT_BAD_INPUT
+
+
+def _train(parsed: ParsedRun) -> int:
+    # megatron-core warns at import about every optional library that is absent; which of them are used is decided by the
+    # configuration, not by what is installed. Imported here so that --help and --print-config need no torch.
+    warnings.filterwarnings("ignore", module=r"megatron\.")
+    from mm15_megatron.config.validate import validate
+    from mm15_megatron.parallel.rendezvous import discover
+    from mm15_megatron.training import loop
+    from mm15_megatron.training.run import Run
+
+    place = discover()
+    logging.basicConfig(level=logging.WARNING, format=f"[rank {place.rank}] %(levelname)s %(name)s: %(message)s")
+    validate(parsed.config, world_size=place.world_size)
+    with ExitStack() as stack:
+        run = Run.build(parsed.config, origins=parsed.origins, place=place, stack=stack)
+        return loop.run(run)
+
+
+def _report(error: MM15Error) -> None:
+    """Show an error once: all ranks meet the same ones, but for data and devices, where a rank may be alone with its trouble."""
+    from mm15_megatron.utils.ranks import launched_rank
+
+    rank = launched_rank()
+    if rank == 0:
+        sys.stderr.write(f"{type(error).__name__}: {error}\n")
+    elif isinstance(error, (DataError, BackendError)):
+        sys.stderr.write(f"[rank {rank}] {type(error).__name__}: {error.problem}\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

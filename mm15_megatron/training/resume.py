@@ -1,0 +1,72 @@
+"""Start or go on: decided once, from the tracker and ``checkpoint.resume`` alone, and printed as one block."""
+
+from __future__ import annotations
+
+from mm15_megatron.checkpoint.publish import checkpoints_folder, published
+from mm15_megatron.checkpoint.store import Checkpoint, check_same_model, open_latest
+from mm15_megatron.config.dump import diff, value_text
+from mm15_megatron.config.schema import RunConfig
+from mm15_megatron.errors import CheckpointError
+from mm15_megatron.training.state import TrainState
+
+
+def choose_checkpoint(cfg: RunConfig) -> Checkpoint | None:
+    """Return the checkpoint to resume from; None for a fresh start.
+
+    Raises:
+        CheckpointError: a fresh start was asked for beside checkpoints, a checkpoint is required and there is none, it belongs to
+            another model, or the tracker or the checkpoint is damaged.
+    """
+    folder = checkpoints_folder(cfg.train.run_dir)
+    if cfg.checkpoint.resume == "never":
+        if found := published(folder):
+            raise CheckpointError(
+                f"checkpoint.resume = 'never', but {folder} holds {len(found)} checkpoints up to {found[-1].name}",
+                fix="choose another train.run_dir, or set checkpoint.resume=auto to go on from there",
+            )
+        return None
+    checkpoint = open_latest(cfg.train.run_dir)
+    if checkpoint is None and cfg.checkpoint.resume == "required":
+        raise CheckpointError(
+            f"checkpoint.resume = 'required', but {folder} holds no checkpoint",
+            fix="check train.run_dir, or set checkpoint.resume=auto to start from step 0",
+        )
+    if checkpoint is not None:
+        check_same_model(checkpoint, cfg)
+    return checkpoint
+
+
+def check_same_data(checkpoint: Checkpoint, cfg: RunConfig, *, digest: str) -> None:
+    """Refuse to go on with rows in another order: the number of rows consumed would mean something else.
+
+    Raises:
+        CheckpointError: the digests differ; lists what changed in the options that decide the order.
+    """
+    if checkpoint.data_digest == digest:
+        return
+    sections = ("data.", "tiling.", "connector.num_tokens", "train.seed")
+    changes = [c for c in diff(checkpoint.config, cfg) if c.path.startswith(sections)]
+    listed = "".join(f"\n    {c.path}: {value_text(c.left)} -> {value_text(c.right)}" for c in changes)
+    raise CheckpointError(
+        f"the order of the training data is not the checkpoint's (digest {digest[:12]}, checkpoint {checkpoint.data_digest[:12]}): "
+        + (f"options changed:{listed}" if changes else "the content of a source changed"),
+        fix="restore the data and its options, or start a new run directory",
+    )
+
+
+def resume_block(cfg: RunConfig, checkpoint: Checkpoint | None, *, state: TrainState) -> str:
+    """Return the decision, what it rests on and what has changed, as lines of text."""
+    lines = ["resume decision", f"  run directory      {cfg.train.run_dir} (checkpoint.resume = {cfg.checkpoint.resume})"]
+    if checkpoint is None:
+        return "\n".join([*lines, "  decision           fresh start: no checkpoint was ever published here"])
+    layout = checkpoint.layout
+    lines += [
+        f"  decision           go on from {checkpoint.folder.name}, named by the tracker",
+        f"  position           step {state.step}, {state.consumed_rows} rows consumed, {checkpoint.optimizer_step} updates applied",
+        f"  data order         digest {checkpoint.data_digest[:12]}, unchanged",
+        f"  written by         {layout['world_size']} ranks, tensor {layout['tensor_model_parallel_size']} x pipeline "
+        f"{layout['pipeline_model_parallel_size']}, " + ", ".join(f"{k} {v}" for k, v in checkpoint.versions.items()),
+    ]
+    changes = [f"    {c.path}: {value_text(c.left)} -> {value_text(c.right)}" for c in diff(checkpoint.config, cfg)]
+    lines.append("  options changed    " + ("none" if not changes else str(len(changes))))
+    return "\n".join(lines + changes)

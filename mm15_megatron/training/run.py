@@ -1,0 +1,168 @@
+"""Everything a run needs, built in one order: topology, seeds, model, optimizer, resume decision, data, writers."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+
+import torch
+from megatron.core.distributed import DistributedDataParallel
+
+from mm15_megatron.batch import MMBatch, RowRecord
+from mm15_megatron.checkpoint.store import Checkpoint, load_training, save_checkpoint
+from mm15_megatron.config.schema import RunConfig
+from mm15_megatron.data.loader import Loader, build_loader
+from mm15_megatron.models.build import build_model, synchronise_replicas
+from mm15_megatron.models.mm_model import Stage
+from mm15_megatron.parallel.rendezvous import Rendezvous
+from mm15_megatron.parallel.seeds import seed_everything
+from mm15_megatron.parallel.topology import Topology, build_topology, close_topology
+from mm15_megatron.training.optimizer import build_optimizer, wrap_chunks
+from mm15_megatron.training.resume import check_same_data, choose_checkpoint, resume_block
+from mm15_megatron.training.startup import peak_tflops, startup_screen
+from mm15_megatron.training.state import TrainState
+from mm15_megatron.training.step import StepParts
+from mm15_megatron.utils.metrics import MetricsWriter
+from mm15_megatron.utils.progress import Progress
+from mm15_megatron.utils.ranks import on_rank_zero
+
+
+@dataclass
+class Feed:
+    """The loader of this rank, remembering what the micro-batches of the current step were made of."""
+
+    loader: Loader
+    rows: list[RowRecord] = field(default_factory=list)
+
+    def __iter__(self) -> Iterator[MMBatch]:
+        """Return itself."""
+        return self
+
+    def __next__(self) -> MMBatch:
+        """Return the next micro-batch and note its rows."""
+        batch = next(self.loader)
+        self.rows += batch.rows
+        return batch
+
+
+@dataclass
+class Run:
+    """A run between two steps.
+
+    Attributes:
+        cfg: the configuration.
+        parts: model, optimizer and groups.
+        feed: this rank's micro-batches.
+        state: where the run stands.
+        peak: dense peak of one device, TFLOP/s; None = unknown.
+        progress: what a person sees (rank 0).
+        writer: TensorBoard and JSONL (rank 0 alone).
+    """
+
+    cfg: RunConfig
+    parts: StepParts
+    feed: Feed
+    state: TrainState
+    peak: float | None
+    progress: Progress
+    writer: MetricsWriter | None
+
+    @property
+    def topology(self) -> Topology:
+        """Groups and ranks."""
+        return self.parts.topology
+
+    @classmethod
+    def build(cls, cfg: RunConfig, *, origins: Mapping[str, str], place: Rendezvous, stack: ExitStack) -> Run:
+        """Build everything, in the order that lets each part fail before the next one costs time.
+
+        Args:
+            cfg: a validated configuration.
+            origins: where each option came from.
+            place: what the launcher said.
+            stack: closes what was opened, also when the build fails half-way.
+
+        Raises:
+            MM15Error: a device, a dataset, a checkpoint or an option cannot be used.
+        """
+        torch.set_num_threads(cfg.train.threads_per_rank or _fair_threads(place))
+        stack.callback(close_topology)
+        topology = build_topology(cfg.parallel, place=place)
+        seed_everything(cfg.train.seed, topology=topology)
+        checkpoint = on_rank_zero(lambda: choose_checkpoint(cfg))
+        parts = _build_parts(cfg, topology)
+        state = TrainState()
+        if checkpoint is not None:
+            state = TrainState.from_dict(checkpoint.progress)
+            load_training(checkpoint, cfg, parts.chunks, parts.optimizer)
+        loader = build_loader(cfg, view=topology.view, consumed_rows=state.consumed_rows)
+        stack.callback(loader.close)
+        if checkpoint is not None:
+            check_same_data(checkpoint, cfg, digest=loader.digest)
+        return cls._open_outputs(cfg, parts, Feed(loader), state, checkpoint, origins, stack)
+
+    @classmethod
+    def _open_outputs(
+        cls,
+        cfg: RunConfig,
+        parts: StepParts,
+        feed: Feed,
+        state: TrainState,
+        checkpoint: Checkpoint | None,
+        origins: Mapping[str, str],
+        stack: ExitStack,
+    ) -> Run:
+        first = torch.distributed.get_rank() == 0
+        progress = Progress(cfg.train.steps, done=state.step, enabled=first)
+        stack.callback(progress.close)
+        writer = None
+        if first:
+            writer = MetricsWriter(cfg.train.run_dir, resumed_step=state.step, tensorboard=cfg.logging.tensorboard)
+            stack.callback(writer.close)
+        screen = startup_screen(
+            cfg,
+            topology=parts.topology,
+            plan=feed.loader.plan,
+            origins=origins,
+            digest=feed.loader.digest,
+            consumed_rows=state.consumed_rows,
+        )
+        progress.line(screen)
+        progress.line(resume_block(cfg, checkpoint, state=state))
+        if writer is not None and writer.dropped:
+            progress.line(f"  metrics            {writer.dropped} records after step {state.step} dropped: their steps are taken again")
+        return cls(cfg, parts, feed, state, peak_tflops(cfg, device=parts.topology.device), progress, writer)
+
+    def save(self) -> None:
+        """Publish a checkpoint of the current step (every rank must call)."""
+        folder = save_checkpoint(
+            self.cfg,
+            self.parts.chunks,
+            self.parts.optimizer,
+            topology=self.topology,
+            step=self.state.step,
+            data_digest=self.feed.loader.digest,
+            progress=self.state.as_dict(),
+        )
+        self.progress.line(f"saved {folder}")
+
+
+def _fair_threads(place: Rendezvous) -> int:
+    """Share this machine's cores among its ranks."""
+    return max(1, len(os.sched_getaffinity(0)) // place.local_world_size)
+
+
+def _build_parts(cfg: RunConfig, topology: Topology) -> StepParts:
+    stage = Stage(
+        groups=topology.groups,
+        encoder_groups=topology.encoder_groups,
+        pre_process=topology.is_first_stage,
+        post_process=topology.is_last_stage,
+        shares_tiles=topology.encoder_shares_tiles,
+    )
+    model = build_model(cfg, stage=stage)
+    synchronise_replicas(model, group=topology.groups.tp)
+    chunks: list[DistributedDataParallel] = wrap_chunks(cfg, [model], topology=topology)
+    return StepParts(cfg=cfg, topology=topology, chunks=chunks, optimizer=build_optimizer(cfg, chunks))

@@ -1,0 +1,130 @@
+"""The start-up screen: what follows from the configuration, before the first step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from mm15_megatron.accounting import (
+    MemoryEstimate,
+    device_peak_tflops,
+    memory_estimate,
+    model_parameters,
+    pipeline_layer_split,
+    planned_tiles_per_row,
+    step_flops,
+)
+from mm15_megatron.config.schema import RunConfig
+from mm15_megatron.data.batch_plan import BatchPlan
+from mm15_megatron.parallel.topology import Topology
+from mm15_megatron.training.optimizer import learning_rates
+
+_LR_OPTIONS = {"language": "optimizer.lr", "connector": "optimizer.connector_lr", "vision": "optimizer.vision_lr"}
+
+
+def peak_tflops(cfg: RunConfig, *, device: torch.device) -> float | None:
+    """Return the dense peak of one device in TFLOP/s: configured, or known for its name; None = utilisation is not reported."""
+    if cfg.logging.peak_tflops is not None:
+        return cfg.logging.peak_tflops
+    return device_peak_tflops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+
+
+def startup_screen(
+    cfg: RunConfig, *, topology: Topology, plan: BatchPlan, origins: Mapping[str, str], digest: str, consumed_rows: int
+) -> str:
+    """Return every derived number of the run as lines of text."""
+    lines = ["run"]
+    facts = [
+        *_model_facts(cfg),
+        *_layout_facts(cfg, topology),
+        *_batch_facts(cfg, plan, consumed_rows),
+        *_rate_facts(cfg, origins),
+        ("memory per rank", _memory_text(cfg, world_size=topology.place.world_size)),
+        ("data order", f"digest {digest[:12]}, seed {cfg.train.seed}"),
+    ]
+    return "\n".join(lines + [f"  {name:18} {text}" for name, text in facts])
+
+
+def _model_facts(cfg: RunConfig) -> list[tuple[str, str]]:
+    counted = model_parameters(cfg)
+    language = counted.language
+    frozen = [name for name in ("vision", "connector", "language") if getattr(cfg.freeze, name)]
+    return [
+        ("preset", cfg.preset or "none"),
+        (
+            "parameters",
+            f"{counted.total:,}: decoder {language.total:,} ({language.non_embedding:,} without embeddings), encoder "
+            f"{counted.vision:,}, connector {counted.connector:,}",
+        ),
+        ("frozen", ", ".join(frozen) or "nothing"),
+    ]
+
+
+def _layout_facts(cfg: RunConfig, topology: Topology) -> list[tuple[str, str]]:
+    parallel, place = cfg.parallel, topology.place
+    extras = [
+        name
+        for name, on in (
+            ("sequence parallel", parallel.sequence_parallel),
+            ("distributed optimizer", parallel.use_distributed_optimizer),
+            ("overlapped gradient reduction", parallel.overlap_grad_reduce),
+            ("overlapped parameter gather", parallel.overlap_param_gather),
+        )
+        if on
+    ]
+    sizes = f"tensor {topology.tensor_size} x pipeline {topology.pipeline_size} x data {topology.data_size}"
+    device = torch.cuda.get_device_name(topology.device) if topology.device.type == "cuda" else "cpu"
+    return [
+        ("layout", ", ".join([f"{place.world_size} ranks ({place.launcher}): {sizes}", *extras])),
+        ("decoder layers", " + ".join(map(str, pipeline_layer_split(cfg))) + f", encoder on stage 0, {parallel.encoder_parallel}-parallel"),
+        (
+            "device",
+            f"{device}, {torch.distributed.get_backend()}, {cfg.kernels.params_dtype}, {cfg.kernels.transformer_impl} layers, "
+            f"{torch.get_num_threads()} threads per rank, torch {torch.__version__}",
+        ),
+    ]
+
+
+def _batch_facts(cfg: RunConfig, plan: BatchPlan, consumed_rows: int) -> list[tuple[str, str]]:
+    train, rows = cfg.train, plan.rows_of_step(consumed_rows)
+    ramp = f", ramping to {train.global_batch_size}" if rows != train.global_batch_size else ""
+    tiles = rows * planned_tiles_per_row(cfg)
+    flops = step_flops(cfg, rows=rows, tiles=tiles)
+    return [
+        (
+            "step",
+            f"{rows} rows{ramp} x {cfg.data.seq_length} tokens = {rows * cfg.data.seq_length:,} tokens in "
+            f"{plan.micro_batches_per_step(consumed_rows)} micro-batches of {train.micro_batch_size} rows per rank",
+        ),
+        ("length", f"{train.steps} steps, {cfg.schedule.warmup_steps} of warm-up, {cfg.schedule.decay} decay"),
+        (
+            "model FLOPs",
+            f"at most {flops.total / 1e12:.4g} TFLOP a step with {tiles} tiles: decoder {flops.language / 1e12:.4g}, encoder "
+            f"{flops.vision / 1e12:.4g}, connector {flops.connector / 1e12:.4g}",
+        ),
+    ]
+
+
+def _rate_facts(cfg: RunConfig, origins: Mapping[str, str]) -> list[tuple[str, str]]:
+    facts = []
+    for module, rate in learning_rates(cfg).items():
+        path = _LR_OPTIONS[module]
+        section, _, name = path.partition(".")
+        own = getattr(getattr(cfg, section), name)
+        if own is not None:
+            source = f"{path}, {origins.get(path, 'unknown')}"
+        else:
+            source = "MM1's law exp(-0.4214 ln N - 0.5535)" if cfg.optimizer.lr is None else "as the decoder"
+        facts.append((f"peak lr {module}", f"{rate:.3e} ({source})"))
+    return facts
+
+
+def _memory_text(cfg: RunConfig, *, world_size: int) -> str:
+    stages = range(cfg.parallel.pipeline_model_parallel_size)
+    estimates = [memory_estimate(cfg, world_size=world_size, stage=stage) for stage in stages]
+    worst: MemoryEstimate = max(estimates, key=lambda estimate: estimate.total)
+    parts = ", ".join(
+        f"{name} {getattr(worst, name) / 2**30:.3g}" for name in ("parameters", "gradients", "optimizer", "activations")
+    )
+    return f"about {worst.total / 2**30:.3g} GiB on the fullest stage ({parts}), estimated without workspaces"
