@@ -117,10 +117,8 @@ def questions(picture: Picture, rng: np.random.Generator) -> tuple[Question, ...
 
 
 def caption(picture: Picture) -> str:
-    """Say what is where."""
-    if picture.kind == "single":
-        return f"the digit {picture.listing}"
-    return ", ".join(f"{CELLS[cell]} {digit}" for cell, digit in zip(picture.cells, picture.digits, strict=True))
+    """Say what is shown."""
+    return f"the digit {picture.listing}" if picture.kind == "single" else f"the digits {picture.listing}"
 
 
 def encode(pixels: Pixels, *, jpeg: bool) -> bytes:

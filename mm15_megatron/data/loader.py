@@ -9,6 +9,7 @@ import multiprocessing
 import signal
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from types import TracebackType
 from typing import Any, Final
@@ -64,10 +65,27 @@ def _same(batch: Any) -> Any:
     return batch
 
 
+_STOP_SIGNALS = {signal.SIGTERM, signal.SIGUSR1}
+
+
+@contextmanager
+def _held_back(signals: set[signal.Signals]) -> Iterator[None]:
+    """Start processes that never see ``signals``; for this process they wait until the end of the block.
+
+    Launchers signal every process of a job. A blocked signal stays blocked in children, so the workers, the server that
+    forks them and Python's resource tracker leave it to the training process, which finishes its step and closes the
+    loader.
+    """
+    previous = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, previous)
+
+
 def _prepare_worker(_: int) -> None:
-    """Leave signals to the training process, which finishes its step and closes the loader."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
+    """Leave Ctrl-C to the training process too."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 class Loader:
@@ -103,19 +121,19 @@ class Loader:
         self._order = order
         stream = _TaskStream(order, plan, data_rank=view.data_rank, consumed_rows=consumed_rows)
         before = set(multiprocessing.active_children())
-        self._batches: Iterator[MMBatch] | None = iter(
-            DataLoader(
-                _MicroBatches(assembler),
-                batch_size=None,
-                sampler=stream,
-                collate_fn=_same,
-                num_workers=num_workers,
-                prefetch_factor=prefetch_factor if num_workers else None,
-                multiprocessing_context=_START_METHOD if num_workers else None,
-                worker_init_fn=_prepare_worker,
-                generator=torch.Generator(),  # its own: the training process's random state is not touched
-            )
+        loader = DataLoader(
+            _MicroBatches(assembler),
+            batch_size=None,
+            sampler=stream,
+            collate_fn=_same,
+            num_workers=num_workers,
+            prefetch_factor=prefetch_factor if num_workers else None,
+            multiprocessing_context=_START_METHOD if num_workers else None,
+            worker_init_fn=_prepare_worker,
+            generator=torch.Generator(),  # its own: the training process's random state is not touched
         )
+        with _held_back(_STOP_SIGNALS):
+            self._batches: Iterator[MMBatch] | None = iter(loader)
         self._workers = [child for child in multiprocessing.active_children() if child not in before]
 
     def __iter__(self) -> Loader:
@@ -133,8 +151,8 @@ class Loader:
         start = time.perf_counter()
         try:
             batch = next(self._batches)
-        except RuntimeError as error:
-            if not str(error).startswith("DataLoader worker (pid"):
+        except (RuntimeError, OSError, EOFError) as error:
+            if not self._lost_a_worker(error):
                 raise
             raise DataError(
                 f"a data worker died: {error}",
@@ -164,6 +182,17 @@ class Loader:
                 worker.kill()
             worker.join()
         self._workers = []
+
+    def _lost_a_worker(self, error: Exception) -> bool:
+        """Tell a dead worker from an error inside a living one.
+
+        torch names the death when it waits for a batch; a death while a batch is handed over shows as a broken pipe.
+        """
+        if str(error).startswith("DataLoader worker (pid"):
+            return True
+        for worker in self._workers:
+            worker.join(timeout=1.0)  # its end may be an instant away
+        return any(not worker.is_alive() for worker in self._workers)
 
     def __enter__(self) -> Loader:
         """Return itself."""

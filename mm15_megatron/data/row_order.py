@@ -25,7 +25,7 @@ Int64 = npt.NDArray[np.int64]
 
 _LOGGER = logging.getLogger(__name__)
 CHUNK_DOCUMENTS: Final = 1 << 20  # of one source's epoch
-CHUNK_SAMPLES: Final = 1 << 16  # of a mixed stream
+CHUNK_SAMPLES: Final = 1 << 13  # of a mixed stream
 _TABLES_KEPT: Final = 4
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from mm15_megatron.config.coerce import coerce
 from mm15_megatron.config.dump import dump_flat
 from mm15_megatron.config.schema import RunConfig
-from mm15_megatron.config.tree import option_at, with_values
+from mm15_megatron.config.tree import OPTIONS, option_at, with_values
 
 
 @dataclass(frozen=True)
@@ -60,8 +60,8 @@ class Preset:
         return (Setting("train.run_dir", f"runs/{self.name}", "ours"), *self.settings)
 
     def text(self) -> str:
-        """Return every option with its value, and the source of those this preset sets: the golden text."""
-        return dump_flat(self.build(), notes=self.sources())
+        """Return the golden text: every option with its value and source, ``default`` where nothing is set."""
+        return dump_flat(self.build(), notes=dict.fromkeys(OPTIONS, "default") | dict(self.sources()))
 
     def derive(self, suffix: str, description: str, settings: tuple[Setting, ...]) -> Preset:
         """Return a follow-on stage: this preset with more settings on top."""

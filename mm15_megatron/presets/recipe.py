@@ -6,6 +6,20 @@ from mm15_megatron.presets.preset import Setting, settings
 
 DECODER_SHAPES = "derived: MM1 publishes parameter counts alone; shapes of AXLearn's public configs that meet them"
 
+_BLOCK = (
+    *settings(
+        "ours: unpublished; as in AXLearn's public configs",
+        language={
+            "vocab_size": 49152,
+            "activation": "swiglu",
+            "norm_epsilon": 1e-5,
+            "rotary_base": 10_000.0,
+            "share_embeddings_and_output_weights": True,
+        },
+    ),
+    *settings("ours: unpublished; AXLearn's configs have it", language={"qk_layernorm": False}),
+)
+
 
 def decoder(
     layers: int,
@@ -25,9 +39,8 @@ def decoder(
         "num_query_groups": kv_heads or heads,
         "kv_channels": head_dim,
         "ffn_hidden_size": ffn,
-        "vocab_size": 49152,
     }
-    return settings(source, language=shape)
+    return (*settings(source, language=shape), *_BLOCK)
 
 
 def experts(count: int, *, period: int) -> tuple[Setting, ...]:

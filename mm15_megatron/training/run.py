@@ -164,5 +164,5 @@ def _build_parts(cfg: RunConfig, topology: Topology) -> StepParts:
     )
     model = build_model(cfg, stage=stage)
     synchronise_replicas(model, group=topology.groups.tp)
-    chunks: list[DistributedDataParallel] = wrap_chunks(cfg, [model], topology=topology)
+    chunks: list[DistributedDataParallel] = wrap_chunks(cfg, [model])
     return StepParts(cfg=cfg, topology=topology, chunks=chunks, optimizer=build_optimizer(cfg, chunks))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mm15_megatron.config.dump import Difference, diff, dump_flat, load_flat, value_text
@@ -18,6 +18,7 @@ def test_order_is_the_declaration_order():
     assert SECTIONS[0] == "language"
 
 
+@settings(deadline=None, derandomize=True, database=None)
 @given(
     text=st.text(st.characters(exclude_categories=["Cs"])),
     number=st.floats(allow_nan=False, allow_infinity=False),

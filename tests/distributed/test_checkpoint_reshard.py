@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
 
+from mm15_megatron.checkpoint import schema
 from mm15_megatron.checkpoint.optimizer_state import get_step
 from mm15_megatron.checkpoint.publish import checkpoints_folder
 from mm15_megatron.checkpoint.store import load_training, load_weights, open_checkpoint, open_latest, save_checkpoint
+from mm15_megatron.checkpoint.torch_dist import load_tensors, stored_shapes
 from mm15_megatron.config.schema import RunConfig
 from mm15_megatron.parallel.topology import close_topology
 from mm15_megatron.training.step import StepParts, evaluate_step, train_step
@@ -130,8 +131,8 @@ def test_precision_can_change(dist_opt: bool, tmp_path: Path) -> None:
     assert abs(into_bf16["fp32"][0][0] - straight["fp32"][0][0]) < BF16
 
 
-def _evaluate_weights(cfg: RunConfig, run_dir: str) -> tuple[float, float]:
-    """Held-out loss of the weights alone, and the loss of the next training step from the same checkpoint."""
+def _evaluate_weights(cfg: RunConfig, run_dir: str) -> float:
+    """Forward-only loss of the weights alone, on the batch of the next training step."""
     parts = build_parts(cfg)
     checkpoint = open_latest(run_dir)
     assert checkpoint is not None
@@ -179,8 +180,6 @@ def test_damaged_tensors_are_refused(tmp_path: Path) -> None:
 
 
 def _keys(cfg: RunConfig) -> list[str]:
-    from mm15_megatron.checkpoint.torch_dist import stored_shapes
-
     latest = open_latest(cfg.train.run_dir)
     assert latest is not None
     return sorted(stored_shapes(latest.folder / "tensors"))
@@ -195,6 +194,30 @@ def test_stored_names_do_not_depend_on_the_layout(saved: tuple[dict[str, str], d
     assert open_checkpoint(checkpoints_folder(run_dirs["tp2pp2"]) / "step_00000003").layout["world_size"] == 4
 
 
-def test_torch_is_single_threaded_here() -> None:
-    """Bitwise claims fix the number of threads; ranks of these tests use one."""
-    assert run_on_ranks(torch.get_num_threads, 1) == [1]
+def _forget_step(optimizer: object, step: int) -> None:
+    """A fault: the step count is left at zero."""
+
+
+def _resume_with_fault(cfg: RunConfig, run_dirs: dict[str, str], fault: str) -> dict[str, Figures]:
+    if fault == "step":
+        schema.set_step = _forget_step
+    else:
+        schema.KINDS = tuple(kind for kind in schema.KINDS if kind != fault)
+    parts = build_parts(cfg)
+    checkpoint = open_latest(run_dirs["one"])
+    assert checkpoint is not None
+    wanted = schema.training_to_load(parts.chunks, parts.optimizer, optimizer_step=checkpoint.optimizer_step)
+    wanted.restore(load_tensors(wanted.tensors, checkpoint.folder / "tensors"))
+    figures = _steps(parts, BEFORE, AFTER)
+    close_topology()
+    return {"one": figures}
+
+
+@pytest.mark.parametrize("fault", ["step", "master", "exp_avg", "exp_avg_sq"])
+def test_planted_fault_is_found(fault: str, saved: tuple[dict[str, str], dict[str, Figures]]) -> None:
+    """The comparison fails when any one part of the state is not restored (the first loss alone would miss three of four)."""
+    run_dirs, straight = saved
+    cfg = _in(Path(run_dirs["one"]), MATRIX["dp2-dist-opt"])
+    found = run_on_ranks(_resume_with_fault, 2, cfg=cfg, run_dirs=run_dirs, fault=fault)[0]["one"]
+    assert _distance(found, straight["one"]) > 10 * FP32_SCALAR
+    assert (_distance(found[:1], straight["one"][:1]) <= FP32_SCALAR) == (fault != "master")

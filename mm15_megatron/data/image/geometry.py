@@ -129,8 +129,8 @@ def best_grids(sizes_N2: Int64, *, tile_size: int, grids: tuple[tuple[int, int],
     """Return the index of the best grid of each image (MM1.5 Eq. 1; tie-breaks as the project's notes derive them).
 
     The image is scaled so that its longer side fills the grid; a grid whose other side overflows is out. Grids that
-    need no downscaling win by least padding; if there is none, the largest scale wins, then least padding. What is still
-    equal goes to the earlier candidate: fewest tiles, then fewest rows.
+    need no downscaling win by least padding; if there is none, the largest scale wins, then least padding. What is
+    still equal goes to the earlier candidate: fewest tiles, then fewest rows.
 
     Args:
         sizes_N2: int [n, 2], height and width.

@@ -1,0 +1,37 @@
+#!/usr/bin/env bash
+# The quickstart from data to report; README.md explains each line. Everything it writes lies in RUN_DIR, which it empties first.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+
+PYTHON=${PYTHON:-.venv/bin/python}
+RUN_DIR=${RUN_DIR:-runs/quickstart}
+KILL_AT=${KILL_AT:-150}
+export OMP_NUM_THREADS=1
+
+if [[ -e $RUN_DIR && ! -e $RUN_DIR/.quickstart ]]; then
+    echo "$RUN_DIR was not made by the quickstart and is left alone: set RUN_DIR to a new folder" >&2
+    exit 2
+fi
+rm -rf "$RUN_DIR"
+mkdir -p "$RUN_DIR"
+touch "$RUN_DIR/.quickstart"
+sed "s#runs/quickstart#$RUN_DIR#" examples/quickstart/config.yaml > "$RUN_DIR/config.yaml"
+
+phase() { "$PYTHON" -m examples.quickstart.run_phase --record "$RUN_DIR/phases.jsonl" "$@"; }
+ranks() {
+    port=$("$PYTHON" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
+    ranks=("$PYTHON" -m torch.distributed.run --nproc-per-node 2 --master-addr 127.0.0.1 --master-port "$port")
+}
+train=(-m mm15_megatron.train --config "$RUN_DIR/config.yaml")
+evaluate=(-m examples.quickstart.evaluate_digits --run-dir "$RUN_DIR" --data "$RUN_DIR/data")
+
+phase --name dataset -- "$PYTHON" -m examples.quickstart.build_dataset --out "$RUN_DIR/data"
+
+ranks
+phase --name train --terminate-at "$KILL_AT" "$RUN_DIR/metrics.jsonl" -- "${ranks[@]}" "${train[@]}" checkpoint.resume=never
+ranks
+phase --name "train, resumed" -- "${ranks[@]}" "${train[@]}" checkpoint.resume=required
+ranks
+phase --name evaluate -- "${ranks[@]}" "${evaluate[@]}"
+
+"$PYTHON" -m examples.quickstart.summarise --run-dir "$RUN_DIR"

@@ -1,0 +1,69 @@
+"""A trained model from a run directory, weights alone, in any layout."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+
+import torch
+
+from mm15_megatron.checkpoint.store import Checkpoint, load_weights, open_latest
+from mm15_megatron.config.schema import ParallelConfig, RunConfig
+from mm15_megatron.errors import CheckpointError
+from mm15_megatron.models.build import build_model
+from mm15_megatron.models.mm_model import MM15Model, Stage
+from mm15_megatron.parallel.rendezvous import Rendezvous
+from mm15_megatron.parallel.seeds import seed_everything
+from mm15_megatron.parallel.topology import Topology, build_topology, close_topology
+
+
+@dataclass(frozen=True)
+class Restored:
+    """A model that answers.
+
+    Attributes:
+        cfg: the configuration of the run that trained it, in the layout of this job.
+        checkpoint: what was loaded.
+        topology: groups and ranks.
+        model: this rank's part, in evaluation mode.
+    """
+
+    cfg: RunConfig
+    checkpoint: Checkpoint
+    topology: Topology
+    model: MM15Model
+
+
+def restore_model(
+    run_dir: str, *, place: Rendezvous, stack: ExitStack, parallel: ParallelConfig | None = None
+) -> Restored:
+    """Load the latest checkpoint of a run (every rank must call).
+
+    Args:
+        run_dir: directory of the run.
+        place: what the launcher said.
+        stack: leaves the process groups when it closes.
+        parallel: the layout of this job; None = as the run was trained.
+
+    Raises:
+        CheckpointError: there is no checkpoint, or it is damaged.
+        BackendError: the device is not usable.
+    """
+    checkpoint = open_latest(run_dir)
+    if checkpoint is None:
+        raise CheckpointError(f"{run_dir} holds no checkpoint", fix="train first, or name the directory of another run")
+    cfg = checkpoint.config if parallel is None else replace(checkpoint.config, parallel=parallel)
+    torch.set_num_threads(max(1, cfg.train.threads_per_rank))
+    stack.callback(close_topology)
+    topology = build_topology(cfg.parallel, place=place)
+    seed_everything(cfg.train.seed, topology=topology)
+    stage = Stage(
+        groups=topology.groups,
+        encoder_groups=topology.encoder_groups,
+        pre_process=topology.is_first_stage,
+        post_process=topology.is_last_stage,
+        shares_tiles=topology.encoder_shares_tiles,
+    )
+    model = build_model(cfg, stage=stage)
+    load_weights(checkpoint, cfg, [model])
+    return Restored(cfg, checkpoint, topology, model.eval())

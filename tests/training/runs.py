@@ -1,0 +1,70 @@
+"""Whole runs on preloaded ranks: the entry point's steps, with what was printed and the exit code handed back."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+
+from mm15_megatron.config.parse import parse_run
+from mm15_megatron.config.validate import validate
+from mm15_megatron.presets import REGISTRY
+from mm15_megatron.training import loop
+from mm15_megatron.training.run import Run
+
+from ..helpers.ranks import rank_place, run_on_ranks
+
+
+class _Trap(io.StringIO):
+    """A log that sends a signal to a process the moment a line is written."""
+
+    def __init__(self, trigger: str, number: signal.Signals, pid: int) -> None:
+        super().__init__()
+        self.trigger, self.number, self.pid = trigger, number, pid
+
+    def write(self, text: str) -> int:
+        if text.startswith(self.trigger):
+            os.kill(self.pid, self.number)
+        return super().write(text)
+
+
+def _run_on_rank(argv: list[str], trap: tuple[str, signal.Signals, int] | None) -> tuple[int, str]:
+    place = rank_place()
+    pids: list[int] = [0] * place.world_size
+    torch.distributed.all_gather_object(pids, os.getpid())
+    log = _Trap(trap[0], trap[1], pids[trap[2]]) if trap else io.StringIO()
+    sys.stdout = log
+    parsed = parse_run(argv, presets=REGISTRY)
+    validate(parsed.config, world_size=place.world_size)
+    with ExitStack() as stack:
+        run = Run.build(parsed.config, origins=parsed.origins, place=place, stack=stack)
+        return loop.run(run), log.getvalue()
+
+
+def run_arguments(
+    argv: list[str], *, world_size: int = 1, trap: tuple[str, signal.Signals, int] | None = None
+) -> tuple[int, str]:
+    """Run a command line on ``world_size`` ranks.
+
+    Args:
+        argv: the arguments.
+        world_size: ranks.
+        trap: (start of a log line, signal, rank): when rank 0 writes the line, the rank gets the signal.
+
+    Returns:
+        The exit code of the loop, equal on all ranks, and what rank 0 wrote.
+    """
+    results = run_on_ranks(_run_on_rank, world_size, argv=argv, trap=trap)
+    assert len({code for code, _ in results}) == 1
+    return results[0]
+
+
+def records(run_dir: Path) -> list[dict[str, float]]:
+    """The JSONL records of a run."""
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]

@@ -1,0 +1,81 @@
+"""The decision between starting and going on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from mm15_megatron.checkpoint.store import open_latest
+from mm15_megatron.config.schema import RunConfig
+from mm15_megatron.errors import CheckpointError
+from mm15_megatron.training.resume import check_same_data, choose_checkpoint, resume_block
+from mm15_megatron.training.state import TrainState
+
+from ..checkpoint.test_store import published_checkpoint
+from ..helpers.layouts import change, debug_config
+
+LAYOUT = {"world_size": 8, "tensor_model_parallel_size": 4, "pipeline_model_parallel_size": 1}
+
+
+def _config(run_dir: Path, resume: str = "auto") -> RunConfig:
+    return change(debug_config(), train={"run_dir": str(run_dir)}, checkpoint={"resume": resume})
+
+
+def test_fresh(tmp_path: Path) -> None:
+    """Without checkpoints a run starts, unless it must not."""
+    assert choose_checkpoint(_config(tmp_path)) is None
+    assert choose_checkpoint(_config(tmp_path, "never")) is None
+    assert "fresh start" in resume_block(_config(tmp_path), None, state=TrainState())
+    with pytest.raises(CheckpointError, match="resume = 'required', but .* holds no checkpoint"):
+        choose_checkpoint(_config(tmp_path, "required"))
+
+
+def test_going_on(tmp_path: Path) -> None:
+    """With a checkpoint a run goes on, and says from where and what has changed since."""
+    cfg = _config(tmp_path)
+    published_checkpoint(tmp_path, cfg, layout=LAYOUT, versions={"torch": "2.13"})
+    assert choose_checkpoint(_config(tmp_path, "required")) is not None
+    found = choose_checkpoint(cfg)
+    assert found is not None
+    block = resume_block(change(cfg, train={"steps": 21}), found, state=TrainState(step=7, consumed_rows=56))
+    assert "go on from step_00000007" in block
+    assert "step 7, 56 rows consumed, 6 updates applied" in block
+    assert "8 ranks, tensor 4 x pipeline 1, torch 2.13" in block
+    assert "train.steps: 20 -> 21" in block
+
+
+def test_refused(tmp_path: Path) -> None:
+    """No fresh start beside checkpoints, tracked or not; no other model."""
+    cfg = _config(tmp_path)
+    published_checkpoint(tmp_path, cfg)
+    with pytest.raises(CheckpointError, match="resume = 'never', but .* holds 1 checkpoints up to step_00000007"):
+        choose_checkpoint(_config(tmp_path, "never"))
+    with pytest.raises(CheckpointError, match="checkpoint of another model"):
+        choose_checkpoint(change(cfg, vision={"num_layers": 4}))
+    (tmp_path / "checkpoints" / "latest").unlink()
+    with pytest.raises(CheckpointError, match="no tracker file"):
+        choose_checkpoint(cfg)
+
+
+def test_other_data(tmp_path: Path) -> None:
+    """A changed order is refused with the options that changed it, or the word that a source did."""
+    cfg = _config(tmp_path)
+    published_checkpoint(tmp_path, cfg)
+    found = open_latest(tmp_path)
+    assert found is not None
+    check_same_data(found, cfg, digest="d")
+    with pytest.raises(CheckpointError, match=r"options changed:\n +data.seq_length: 128 -> 256"):
+        check_same_data(found, change(cfg, data={"seq_length": 256}), digest="other")
+    with pytest.raises(CheckpointError, match="the content of a source changed"):
+        check_same_data(found, cfg, digest="other")
+
+
+def test_state_round_trip() -> None:
+    """Counters survive, and damaged ones are refused."""
+    state = TrainState(step=3, consumed_rows=24, text_tokens=5, image_slots=8, substituted=1, skipped_steps=1)
+    assert TrainState.from_dict(state.as_dict()) == state
+    with pytest.raises(CheckpointError, match="the run's counters are"):
+        TrainState.from_dict({"step": 3})
+    with pytest.raises(CheckpointError, match="the run's counters are"):
+        TrainState.from_dict({**state.as_dict(), "step": "3"})

@@ -1,0 +1,139 @@
+"""Whole runs: killed and resumed, stopped by signals, in several layouts, and refused."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from mm15_megatron.checkpoint.publish import checkpoints_folder, published
+from mm15_megatron.train import EXIT_BAD_INPUT
+from mm15_megatron.training.signals import EXIT_INTERRUPTED
+
+from ..helpers.ranks import RankFailure
+from .runs import records, run_arguments
+
+Arguments = Callable[..., list[str]]
+
+
+def _environment() -> dict[str, str]:
+    launcher = ("SLURM", "RANK", "WORLD", "LOCAL", "MASTER", "TORCHELASTIC")
+    return {**{k: v for k, v in os.environ.items() if not k.startswith(launcher)}, "OMP_NUM_THREADS": "1"}
+
+
+def _command(*command: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *command], capture_output=True, text=True, env=_environment(), timeout=240, check=False
+    )
+
+
+def test_killed_run_goes_on_as_if_it_had_not_been(arguments: Arguments, tmp_path: Path) -> None:
+    """A run that dies between checkpoints repeats the lost steps; its record is bitwise that of the run that never died."""
+    steps = ["train.steps=6", "checkpoint.save_interval=2"]
+    straight = arguments(*steps, run_dir="straight")
+    assert run_arguments(straight)[0] == 0
+    with pytest.raises(RankFailure, match="the process died without a word"):
+        run_arguments(arguments(*steps), trap=("step 3/", signal.SIGKILL, 0))
+    assert (tmp_path / "run" / "checkpoints" / "latest").read_text() == "step_00000002\n"
+    code, log = run_arguments(arguments(*steps, "checkpoint.resume=required"))
+    assert code == 0
+    assert "go on from step_00000002, named by the tracker" in log
+    assert "1 records after step 2 dropped" in log
+    names = ("step", "train/loss", "train/grad_norm", "data/consumed_rows", "lr/language")
+    seen = [[record[name] for name in names] for record in records(tmp_path / "run")]
+    assert seen == [[record[name] for name in names] for record in records(tmp_path / "straight")]
+    assert [record[0] for record in seen] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize(("number", "rank"), [(signal.SIGTERM, 0), (signal.SIGUSR1, 1)])
+def test_signal_to_one_rank_stops_all(number: signal.Signals, rank: int, arguments: Arguments, tmp_path: Path) -> None:
+    """A real signal to a real rank: all finish the step, a checkpoint is published, the exit code says so."""
+    argv = arguments("train.steps=1000", "train.global_batch_size=4")
+    code, log = run_arguments(argv, world_size=2, trap=("step 2/", number, rank))
+    assert code == EXIT_INTERRUPTED
+    stopped = re.search(rf"stopped by {number.name} after step (\d+)", log)
+    assert stopped is not None, log
+    assert 2 <= int(stopped[1]) <= 4
+    assert published(checkpoints_folder(tmp_path / "run"))[-1].name == f"step_{int(stopped[1]):08d}"
+    assert records(tmp_path / "run")[-1]["step"] == int(stopped[1])
+
+
+def test_figures_and_validation(arguments: Arguments, tmp_path: Path) -> None:
+    """Every step has one record; throughput, utilisation and held-out loss are in it, whatever the layout that goes on."""
+    parallel = ["parallel.tensor_model_parallel_size=2", "logging.peak_tflops=0.5"]
+    validation = ["train.validation_interval=2", "train.validation_steps=2"]
+    code, log = run_arguments(arguments("train.steps=4", *parallel, *validation), world_size=2)
+    assert code == 0
+    assert "tensor 2 x pipeline 1 x data 1" in log
+    assert "fresh start: no checkpoint was ever published here" in log
+    assert [("validation/loss" in record) for record in records(tmp_path / "run")] == [False, True, False, True]
+    last = records(tmp_path / "run")[-1]
+    assert last["speed/model_tflops_per_rank"] == pytest.approx(last["speed/model_tflop"] / last["speed/seconds"] / 2)
+    assert last["speed/utilisation"] == pytest.approx(last["speed/model_tflops_per_rank"] / 0.5)
+    assert last["data/consumed_rows"] == 32
+    assert last["speed/tiles_per_second"] > 0
+    assert last["lr/language"] == pytest.approx(1e-4)  # the floor of 1e-3, reached at the last step
+    code, log = run_arguments(arguments("train.steps=6", *validation))
+    assert code == 0
+    assert re.search(r"written by +2 ranks, tensor 2 x pipeline 1", log)
+    assert "parallel.tensor_model_parallel_size: 2 -> 1" in log
+    assert [record["step"] for record in records(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
+    assert "nothing to do: the checkpoint has 6 of 6 steps" in run_arguments(arguments("train.steps=6"))[1]
+
+
+def test_batch_size_ramp_is_taken_and_resumed(arguments: Arguments, tmp_path: Path) -> None:
+    """The batch grows by the plan, also across a resume."""
+    for steps in (3, 6):
+        run_arguments(arguments("train.rampup_batch_size=[4,2,16]", f"train.steps={steps}", "schedule.decay_steps=6"))
+    seen = records(tmp_path / "run")
+    assert [record["data/global_batch"] for record in seen] == [4, 4, 6, 6, 8, 8]
+    assert [record["data/consumed_rows"] for record in seen] == [4, 8, 14, 20, 28, 36]
+
+
+def test_other_data_is_refused(arguments: Arguments) -> None:
+    """Rows in another order are not the rows that were consumed."""
+    run_arguments(arguments("train.steps=3"))
+    with pytest.raises(RankFailure, match=r"the order of the training data is not the checkpoint's.*\n +train.seed: 1234 -> 5"):
+        run_arguments(arguments("train.steps=4", "train.seed=5"))
+
+
+def test_torchrun(arguments: Arguments, tmp_path: Path) -> None:
+    """The command line under the real launcher."""
+    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "mm15_megatron.train")
+    done = _command(*launch, *arguments("train.steps=3", "parallel.tensor_model_parallel_size=2", "logging.tensorboard=true"))
+    assert done.returncode == 0, done.stderr
+    assert "2 ranks (torchrun): tensor 2 x pipeline 1 x data 1" in done.stdout
+    assert done.stdout.count("step 3/3 |") == 1
+    assert list((tmp_path / "run" / "tensorboard").glob("events.*"))
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [("train.stepz=3", "ConfigError: section 'train' has no field 'stepz'"), ("parallel.device=cuda", "BackendError: ")],
+)
+def test_bad_input_is_one_message(argument: str, message: str, arguments: Arguments) -> None:
+    """What is wrong with the input is said once, without a traceback, and the exit code tells it from a failure."""
+    if argument == "parallel.device=cuda" and os.path.exists("/dev/nvidia0"):
+        pytest.skip("this machine has a GPU")
+    failed = _command("-m", "mm15_megatron.train", *arguments(argument))
+    assert failed.returncode == EXIT_BAD_INPUT, failed.stderr
+    assert failed.stderr.startswith(message)
+    assert "\n  fix: " in failed.stderr
+    assert "Traceback" not in failed.stderr
+
+
+def test_print_config_needs_no_torch(arguments: Arguments) -> None:
+    """--print-config answers without importing torch."""
+    code = (
+        "import sys; from mm15_megatron.train import main; code = main(sys.argv[1:]); "
+        "assert 'torch' not in sys.modules; sys.exit(code)"
+    )
+    done = _command("-c", code, *arguments("--print-config"))
+    assert done.returncode == 0, done.stderr
+    assert "train.steps = 20  # preset debug_dense" in done.stdout

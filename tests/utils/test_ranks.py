@@ -1,0 +1,43 @@
+"""Actions that rank 0 takes for all."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mm15_megatron.errors import CheckpointError
+from mm15_megatron.utils.ranks import launched_rank, on_rank_zero
+
+from ..helpers.ranks import run_on_ranks
+
+
+def _results() -> tuple[int, str, str]:
+    value = on_rank_zero(lambda: torch.distributed.get_rank() + 5)
+
+    def refuse() -> int:
+        raise CheckpointError("wrong", fix="mend it")
+
+    def fail() -> int:
+        raise FileNotFoundError(2, "no such file", "x")
+
+    with pytest.raises(CheckpointError) as refused:
+        on_rank_zero(refuse)
+    with pytest.raises(FileNotFoundError) as failed:
+        on_rank_zero(fail)
+    return value, str(refused.value), str(failed.value)
+
+
+def test_result_and_errors_reach_every_rank() -> None:
+    """Rank 0 acts; the value and the errors are the same everywhere."""
+    assert run_on_ranks(_results, 2) == [(5, "wrong\n  fix: mend it", "[Errno 2] no such file: 'x'")] * 2
+
+
+def test_launched_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The launcher's word, torchrun's before srun's."""
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.delenv("SLURM_PROCID", raising=False)
+    assert launched_rank() == 0
+    monkeypatch.setenv("SLURM_PROCID", "3")
+    assert launched_rank() == 3
+    monkeypatch.setenv("RANK", "1")
+    assert launched_rank() == 1
