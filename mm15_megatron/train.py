@@ -1,7 +1,7 @@
-"""Train a model: ``python -m mm15_megatron.train --preset debug_dense data.tokenizer=... `` (alone, or under torchrun or srun).
+"""Train: ``python -m mm15_megatron.train --preset debug_dense --config run.yaml``, alone or under torchrun or srun.
 
-Exit codes: 0 the run is complete; 2 something in the input is wrong, and one message says what; 75 a signal (SIGTERM, SIGUSR1)
-stopped the run after a checkpoint, and the same command goes on from there. Anything else is a bug.
+Exit codes: 0 the run is complete; 2 something in the input is wrong, and one message says what; 75 a signal (SIGTERM,
+SIGUSR1) stopped the run after a checkpoint, and the same command goes on from there. Anything else is a bug.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _train(parsed: ParsedRun) -> int:
-    # megatron-core warns at import about every optional library that is absent; which of them are used is decided by the
+    # megatron-core warns at import about every optional library that is absent; which ones are used is decided by the
     # configuration, not by what is installed. Imported here so that --help and --print-config need no torch.
     warnings.filterwarnings("ignore", module=r"megatron\.")
     from mm15_megatron.config.validate import validate
@@ -50,7 +50,7 @@ def _train(parsed: ParsedRun) -> int:
 
 
 def _report(error: MM15Error) -> None:
-    """Show an error once: all ranks meet the same ones, but for data and devices, where a rank may be alone with its trouble."""
+    """Show an error once: all ranks meet the same, but for data and devices, where a rank may be alone with it."""
     from mm15_megatron.utils.ranks import launched_rank
 
     rank = launched_rank()

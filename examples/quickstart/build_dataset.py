@@ -24,7 +24,7 @@ from mm15_megatron.data.sft import Conversation, Turn, build_conversations, rend
 from mm15_megatron.data.tokenizer import IMAGE_TOKEN, Tokenizer
 
 SEED = 20250
-SHARES = (0.4, 0.2, 0.2, 0.2)  # of the kinds of pictures: singles, pairs, threes, fours
+SHARES = (0.3, 0.25, 0.2, 0.25)  # of the kinds of pictures: singles, pairs, threes, fours
 VOCABULARY = 256  # tokens at most
 TURNS = 2  # questions a conversation asks about its picture, at most
 
@@ -33,23 +33,16 @@ TURNS = 2  # questions a conversation asks about its picture, at most
 class Sizes:
     """How much is built: training pictures of each source, and held-out pictures of each kind but singles."""
 
-    captions: int = 8000
-    conversations: int = 24000
+    captions: int = 16000
+    conversations: int = 32000
     heldout: int = 360
 
 
 def pictures(scans: digits.Scans, count: int, rng: np.random.Generator) -> Iterator[digits.Picture]:
-    """Compose ``count`` training pictures; the kinds come in fixed shares, the scans at random."""
+    """Compose ``count`` distorted training pictures; the kinds come in fixed shares, the scans at random."""
     for kind in rng.choice(len(SHARES), size=count, p=SHARES).tolist():
         chosen = rng.integers(len(scans.digits), size=kind + 1).tolist()
-        yield compose(scans, chosen, rng)
-
-
-def compose(scans: digits.Scans, chosen: Sequence[int], rng: np.random.Generator) -> digits.Picture:
-    """One scan fills the picture, several stand in a grid."""
-    if len(chosen) == 1:
-        return digits.compose_single(scans, chosen[0], rng)
-    return digits.compose_grid(scans, chosen, rng)
+        yield digits.compose(scans, chosen, rng, distort=True)
 
 
 def captions(scans: digits.Scans, count: int, rng: np.random.Generator) -> Iterator[tuple[bytes, str]]:
@@ -77,16 +70,16 @@ def heldout(scans: digits.Scans, count: int) -> list[tuple[digits.Picture, digit
     rng = np.random.default_rng(SEED + 1)
     asked: list[tuple[digits.Picture, digits.Question]] = []
     for scan in range(len(scans.digits)):
-        picture = digits.compose_single(scans, scan, rng)
+        picture = digits.compose(scans, [scan], rng, distort=False)
         asked.append((picture, digits.questions(picture, rng)[0]))
     for size in (2, 3, 4):
         for _ in range(count):
-            picture = digits.compose_grid(scans, rng.integers(len(scans.digits), size=size).tolist(), rng)
+            picture = digits.compose(scans, rng.integers(len(scans.digits), size=size).tolist(), rng, distort=False)
             asked.append((picture, digits.questions(picture, rng)[0]))
     for kind in (1, 2):
         for _ in range(count):
             size = int(rng.integers(2, 5))
-            picture = digits.compose_grid(scans, rng.integers(len(scans.digits), size=size).tolist(), rng)
+            picture = digits.compose(scans, rng.integers(len(scans.digits), size=size).tolist(), rng, distort=False)
             asked.append((picture, digits.questions(picture, rng)[kind]))
     return asked
 
@@ -119,11 +112,17 @@ def vocabulary_texts(scans: digits.Scans) -> Iterator[str]:
 def build(folder: Path, sizes: Sizes) -> None:
     """Write everything under ``folder``."""
     train, held = digits.split_scans()
-    tokenizer = train_tokenizer(vocabulary_texts(train), folder / "tokenizer.json")
-    rng = np.random.default_rng(SEED)
-    build_captions(folder / "captions", captions(train, sizes.captions, rng), tokenizer)
-    build_conversations(folder / "conversations", conversations(train, sizes.conversations, rng), tokenizer)
+    tokenizer = build_training(folder, train, sizes)
     write_heldout(folder, heldout(held, sizes.heldout), tokenizer)
+
+
+def build_training(folder: Path, scans: digits.Scans, sizes: Sizes) -> Tokenizer:
+    """Write the tokenizer and the training sources, from these scans alone."""
+    tokenizer = train_tokenizer(vocabulary_texts(scans), folder / "tokenizer.json")
+    rng = np.random.default_rng(SEED)
+    build_captions(folder / "captions", captions(scans, sizes.captions, rng), tokenizer)
+    build_conversations(folder / "conversations", conversations(scans, sizes.conversations, rng), tokenizer)
+    return tokenizer
 
 
 def write_heldout(folder: Path, asked: Sequence[tuple[digits.Picture, digits.Question]], tokenizer: Tokenizer) -> None:

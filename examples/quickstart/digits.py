@@ -20,6 +20,7 @@ Pixels = npt.NDArray[np.uint8]
 HELD_OUT_SCANS = 360
 SIDE = 56  # pixels of a picture
 JITTER = 2  # pixels a digit may be off the middle of its place, each way
+TURN, STRETCH, SHEAR = 6.0, 0.06, 0.06  # distortion of training pictures: degrees, share, share
 CELLS = ("top left", "top right", "bottom left", "bottom right")
 KINDS = ("single", "pair", "three", "four")  # by the number of digits shown
 
@@ -77,31 +78,42 @@ def split_scans() -> tuple[Scans, Scans]:
     return Scans(pixels[:cut], digits[:cut]), Scans(pixels[cut:], digits[cut:])
 
 
-def compose_single(scans: Scans, scan: int, rng: np.random.Generator) -> Picture:
-    """One digit fills the picture."""
+def compose(scans: Scans, chosen: Sequence[int], rng: np.random.Generator, *, distort: bool) -> Picture:
+    """Draw one scan over the whole picture, or two to four in cells of a 2 x 2 grid whose other cells stay empty.
+
+    Args:
+        scans: what to draw from.
+        chosen: the scans to draw, in reading order.
+        rng: decides cells, jitter and distortion.
+        distort: turn, stretch and shear each scan a little (training pictures).
+    """
     canvas = np.zeros((SIDE, SIDE), np.uint8)
-    _place(canvas, scans.pixels[scan], side=SIDE, top=0, left=0, rng=rng)
-    return Picture(canvas, (int(scans.digits[scan]),), (), (scan,))
-
-
-def compose_grid(scans: Scans, chosen: Sequence[int], rng: np.random.Generator) -> Picture:
-    """Two to four digits stand in cells of a 2 x 2 grid; the other cells stay empty."""
+    digits = tuple(int(scans.digits[scan]) for scan in chosen)
+    if len(chosen) == 1:
+        canvas[:] = _drawn(scans.pixels[chosen[0]], side=SIDE, rng=rng, distort=distort)
+        return Picture(canvas, digits, (), tuple(chosen))
     cells = sorted(rng.choice(len(CELLS), size=len(chosen), replace=False).tolist())
-    canvas = np.zeros((SIDE, SIDE), np.uint8)
     half = SIDE // 2
     for cell, scan in zip(cells, chosen, strict=True):
-        _place(canvas, scans.pixels[scan], side=half, top=cell // 2 * half, left=cell % 2 * half, rng=rng)
-    digits = tuple(int(scans.digits[scan]) for scan in chosen)
+        top, left = cell // 2 * half, cell % 2 * half
+        canvas[top : top + half, left : left + half] = _drawn(scans.pixels[scan], side=half, rng=rng, distort=distort)
     return Picture(canvas, digits, tuple(cells), tuple(chosen))
 
 
-def _place(canvas: Pixels, scan: Pixels, *, side: int, top: int, left: int, rng: np.random.Generator) -> None:
-    """Draw a scan, enlarged by a whole factor, near the middle of a square; what the jitter pushes out is cut off."""
-    factor = (side - 2 * JITTER) // 8
-    large = np.repeat(np.repeat(scan, factor, axis=0), factor, axis=1)
-    margin = (side - 8 * factor) // 2
-    down, right = rng.integers(-JITTER, JITTER + 1, size=2) + margin
-    canvas[top + down : top + down + 8 * factor, left + right : left + right + 8 * factor] = large
+def _drawn(scan: Pixels, *, side: int, rng: np.random.Generator, distort: bool) -> Pixels:
+    """Return a square with a scan near its middle, enlarged by a whole factor without smoothing; what leaves it is cut off."""
+    factor = (side - 2 * JITTER) // len(scan)
+    enlarge = np.eye(2) * factor
+    if distort:
+        turn, shear = np.radians(rng.uniform(-TURN, TURN)), rng.uniform(-SHEAR, SHEAR)
+        enlarge = enlarge @ np.diag(rng.uniform(1 - STRETCH, 1 + STRETCH, size=2)) @ [[1.0, shear], [0.0, 1.0]]
+        enlarge = np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]]) @ enlarge
+    back = np.linalg.inv(enlarge)  # where in the scan a pixel of the square comes from
+    middle = side / 2 + rng.integers(-JITTER, JITTER + 1, size=2)
+    shift = len(scan) / 2 - back @ middle
+    coefficients = (back[0, 0], back[0, 1], shift[0], back[1, 0], back[1, 1], shift[1])
+    drawn = Image.fromarray(scan).transform((side, side), Image.Transform.AFFINE, coefficients, Image.Resampling.NEAREST)
+    return np.asarray(drawn)
 
 
 def questions(picture: Picture, rng: np.random.Generator) -> tuple[Question, ...]:
@@ -117,8 +129,10 @@ def questions(picture: Picture, rng: np.random.Generator) -> tuple[Question, ...
 
 
 def caption(picture: Picture) -> str:
-    """Say what is shown."""
-    return f"the digit {picture.listing}" if picture.kind == "single" else f"the digits {picture.listing}"
+    """Say what is where."""
+    if picture.kind == "single":
+        return f"the digit {picture.listing}"
+    return ", ".join(f"{CELLS[cell]} {digit}" for cell, digit in zip(picture.cells, picture.digits, strict=True))
 
 
 def encode(pixels: Pixels, *, jpeg: bool) -> bytes:

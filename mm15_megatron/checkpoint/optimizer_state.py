@@ -1,8 +1,8 @@
 """The optimizer's state by model parameter, whichever of megatron-core's three optimizers holds it.
 
-The fp32 optimizer updates the parameters themselves, the bf16 one updates fp32 main copies, and the distributed optimizer updates
-flat shards of either. All three are read and written here as *pieces*: a flat range [start, stop) of one model parameter with its
-fp32 master value and AdamW's two moments.
+The fp32 optimizer updates the parameters themselves, the bf16 one updates fp32 main copies, and the distributed
+optimizer updates flat shards of either. All three are read and written here as *pieces*: a flat range [start, stop) of
+one model parameter with its fp32 master value and AdamW's two moments.
 """
 
 from __future__ import annotations
@@ -64,7 +64,12 @@ def pieces(optimizer: MegatronOptimizer) -> list[Piece]:
                 start, stop = owned.start, owned.end
             state = part.optimizer.state[main]
             found.append(
-                Piece(parameter, start, stop, {"master": main, **{kind: state[kind] for kind in KINDS if kind != "master"}})
+                Piece(
+                    parameter,
+                    start,
+                    stop,
+                    {"master": main, **{kind: state[kind] for kind in KINDS if kind != "master"}},
+                )
             )
     return found
 
@@ -74,8 +79,8 @@ def whole_states(
 ) -> Iterator[tuple[nn.Parameter, str, torch.Tensor]]:
     """Yield (parameter, kind, tensor of the parameter's shape) for the parameters this rank is to write.
 
-    With the distributed optimizer the shards are gathered over the data-parallel group on the CPU, one bucket and one kind at a
-    time; every rank of the group must run the iterator to its end.
+    With the distributed optimizer the shards are gathered over the data-parallel group on the CPU, one bucket and one
+    kind at a time; every rank of the group must run the iterator to its end.
     """
     local: dict[nn.Parameter, Piece] = {piece.parameter: piece for piece in pieces(optimizer)}
     for part in inner_optimizers(optimizer):
@@ -134,14 +139,21 @@ def publish_masters(optimizer: MegatronOptimizer, chunks: Sequence[DistributedDa
 
 def _mains(part: MegatronOptimizer) -> Iterator[tuple[nn.Parameter, torch.Tensor]]:
     """Pair each model parameter with the fp32 tensor (whole or flat shard) that the inner optimizer updates."""
+    pairs: list[tuple[list[list[nn.Parameter]], list[list[torch.Tensor]]]]
     if isinstance(part, DistributedOptimizer):
-        groups = (part.model_float16_groups, part.shard_fp32_from_float16_groups), (part.model_fp32_groups, part.shard_fp32_groups)
+        pairs = [
+            (part.model_float16_groups, part.shard_fp32_from_float16_groups),
+            (part.model_fp32_groups, part.shard_fp32_groups),
+        ]
     elif isinstance(part, Float16OptimizerWithFloat16Params):
-        groups = (part.float16_groups, part.fp32_from_float16_groups), (part.fp32_from_fp32_groups, part.fp32_from_fp32_groups)
+        pairs = [
+            (part.float16_groups, part.fp32_from_float16_groups),
+            (part.fp32_from_fp32_groups, part.fp32_from_fp32_groups),
+        ]
     else:
         own = [group["params"] for group in part.optimizer.param_groups]
-        groups = ((own, own),)
-    for model_groups, main_groups in groups:
+        pairs = [(own, own)]
+    for model_groups, main_groups in pairs:
         for model_group, main_group in zip(model_groups, main_groups, strict=True):
             yield from zip(model_group, main_group, strict=True)
 

@@ -4,7 +4,7 @@
     <run_dir>/checkpoints/.writing_...     one being written; what a killed run left behind is never read and is removed
     <run_dir>/checkpoints/latest           the tracker: the name of the checkpoint to resume from, moved last
 
-Nothing but the tracker decides what is loaded. These functions run on one rank; whoever calls them keeps the others waiting.
+Nothing but the tracker decides what is loaded. These functions run on one rank; the caller keeps the others waiting.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def tracked(folder: Path) -> Path | None:
     """Return the checkpoint that the tracker names; None where nothing was ever published.
 
     Raises:
-        CheckpointError: the tracker is unreadable, names no checkpoint or one that is gone, or is missing beside checkpoints.
+        CheckpointError: the tracker names no checkpoint or one that is gone, or is missing beside checkpoints.
     """
     tracker, existing = folder / TRACKER, [path.name for path in published(folder)]
     choice = f"write one of {', '.join(existing)} into {tracker}" if existing else "start a new run directory"

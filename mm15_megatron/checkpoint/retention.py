@@ -10,8 +10,8 @@ from mm15_megatron.checkpoint.publish import published, remove, tracked
 def apply_retention(folder: Path, *, keep: int) -> list[str]:
     """Delete all but the newest ``keep`` checkpoints up to the tracked one, which always stays (0 = keep all).
 
-    Checkpoints beyond the tracked one belong to a future that was abandoned by moving the tracker back; they are left alone
-    until the run reaches and replaces them.
+    Checkpoints beyond the tracked one belong to a future that was abandoned by moving the tracker back; they are left
+    alone until the run reaches and replaces them.
 
     Returns:
         The names of the deleted checkpoints, oldest first.

@@ -5,9 +5,10 @@
     optimizer.<name>.exp_avg      AdamW's first moment, fp32
     optimizer.<name>.exp_avg_sq   AdamW's second moment, fp32
 
-and one number for the whole optimizer, its step count. Names and whole shapes do not depend on the layout, the optimizer class or
-the dtype (``models/global_parameters.py``), so any layout reads what any other wrote. The master weight is stored even where it is
-the parameter itself; it is the truth when training resumes, and the model's parameters follow it.
+and one number for the whole optimizer, its step count. Names and whole shapes do not depend on the layout, the
+optimizer class or the dtype (``models/global_parameters.py``), so any layout reads what any other wrote. The master
+weight is stored even where it is the parameter itself; it is the truth when training resumes, and the model's
+parameters follow it.
 """
 
 from __future__ import annotations
@@ -106,7 +107,7 @@ def weights_to_load(chunks: Sequence[nn.Module]) -> StateToLoad:
 def training_to_load(
     chunks: Sequence[DistributedDataParallel], optimizer: MegatronOptimizer, *, optimizer_step: int
 ) -> StateToLoad:
-    """Request what training needs: frozen parameters, and master weights and moments of the pieces this rank updates."""
+    """Request what training needs: frozen parameters, and masters and moments of the pieces this rank updates."""
     items = {item.parameter: item for item in global_parameters(unwrapped(chunks))}
     held = pieces(optimizer)
     frozen = {model_key(item.name): item for item in items.values() if not item.parameter.requires_grad}

@@ -76,7 +76,8 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         found = state["format_version"]
         if found > FORMAT_VERSION:
             raise CheckpointError(
-                f"{folder} has checkpoint format {found}, newer than this program's {FORMAT_VERSION}", fix="update the program"
+                f"{folder} has checkpoint format {found}, newer than this program's {FORMAT_VERSION}",
+                fix="update the program",
             )
         return Checkpoint(
             folder=folder,

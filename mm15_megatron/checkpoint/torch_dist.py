@@ -1,7 +1,8 @@
 """The ``torch_dist`` format: sharded tensors through megatron-core's dist_checkpointing, saved synchronously.
 
-Loading is megatron-core's. For saving, its own strategy forks a writer process even when it is told to wait, and a process in which
-an image decoder runs must not fork; the strategy here plans as megatron-core's does and writes from the calling process.
+Loading is megatron-core's. For saving, its own strategy forks a writer process even when it is told to wait, and a
+process in which an image decoder runs must not fork; the strategy here plans as megatron-core's does and writes from
+the calling process.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ from pathlib import Path
 from pickle import UnpicklingError
 
 import torch
-import torch.distributed.checkpoint as dcp
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.core import CheckpointingException
@@ -22,22 +22,33 @@ from megatron.core.dist_checkpointing.strategies.torch import (
     mcore_to_pyt_state_dict,
 )
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from mm15_megatron.errors import CheckpointError
 
 _SHOWN = 8
-_DAMAGE = (CheckpointException, CheckpointingException, OSError, RuntimeError, EOFError, UnpicklingError, KeyError, ValueError)
+_DAMAGE = (
+    CheckpointException,
+    CheckpointingException,
+    OSError,
+    RuntimeError,
+    EOFError,
+    UnpicklingError,
+    KeyError,
+    ValueError,
+)
 
 
-class _SaveWithoutFork(SaveShardedStrategy):
+class _SaveWithoutFork(SaveShardedStrategy):  # type: ignore[misc]
     """megatron-core's plan, written by this process: one file a rank, each synced to disk."""
 
     def save(self, sharded_state_dict: dict[str, ShardedTensor], checkpoint_dir: str | Path) -> None:
         """Write this rank's shards; rank 0 also writes the index (every rank must call)."""
         by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, keep_only_main_replica=True)
-        dcp.save(
+        save(
             mcore_to_pyt_state_dict(by_key, is_loading=False),
-            storage_writer=dcp.FileSystemWriter(checkpoint_dir, single_file_per_rank=True, sync_files=True),
+            storage_writer=FileSystemWriter(checkpoint_dir, single_file_per_rank=True, sync_files=True),
             planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
         )
 
@@ -70,7 +81,9 @@ def stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     return {key: tuple(tensor.global_shape) for key, tensor in stored.items()}
 
 
-def check_contents(folder: Path, expected: Mapping[str, tuple[int, ...]], *, ignored_prefixes: tuple[str, ...] = ()) -> None:
+def check_contents(
+    folder: Path, expected: Mapping[str, tuple[int, ...]], *, ignored_prefixes: tuple[str, ...] = ()
+) -> None:
     """Compare what is stored with what all ranks together expect (every rank must call).
 
     Args:
@@ -79,7 +92,7 @@ def check_contents(folder: Path, expected: Mapping[str, tuple[int, ...]], *, ign
         ignored_prefixes: stored keys that nobody has to want.
 
     Raises:
-        CheckpointError: a tensor is missing, unknown or of another shape; all of them are counted, the first ones listed.
+        CheckpointError: tensors are missing, unknown or of another shape; all are counted, the first ones listed.
     """
     stored = stored_shapes(folder)
     shares: list[Mapping[str, tuple[int, ...]]] = [{}] * torch.distributed.get_world_size()
@@ -87,10 +100,16 @@ def check_contents(folder: Path, expected: Mapping[str, tuple[int, ...]], *, ign
     wanted = {key: shape for share in shares for key, shape in share.items()}
     problems = [
         _listing("missing in the checkpoint", wanted.keys() - stored.keys()),
-        _listing("unknown to this model", {k for k in stored.keys() - wanted.keys() if not k.startswith(ignored_prefixes)}),
+        _listing(
+            "unknown to this model", {k for k in stored.keys() - wanted.keys() if not k.startswith(ignored_prefixes)}
+        ),
         _listing(
             "of another shape",
-            {f"{k} {list(stored[k])}, here {list(wanted[k])}" for k in stored.keys() & wanted.keys() if stored[k] != wanted[k]},
+            {
+                f"{k} {list(stored[k])}, here {list(wanted[k])}"
+                for k in stored.keys() & wanted.keys()
+                if stored[k] != wanted[k]
+            },
         ),
     ]
     if found := [problem for problem in problems if problem]:

@@ -60,7 +60,9 @@ def run(run: Run) -> int:
             if done or stopped_by or _due(run.state.step, cfg.checkpoint.save_interval):
                 run.save()
             if stopped_by and not done:
-                run.progress.line(f"stopped by {stopped_by} after step {run.state.step}; the same command goes on from here")
+                run.progress.line(
+                    f"stopped by {stopped_by} after step {run.state.step}; the same command goes on from here"
+                )
                 return EXIT_INTERRUPTED
     return 0
 
@@ -84,8 +86,9 @@ def take_step(run: Run) -> Taken:
 def step_figures(run: Run, taken: Taken) -> dict[str, float | int | None]:
     """Return what is written for a step.
 
-    Throughput counts real tokens (no padding) and real tiles. Model TFLOP/s of a rank is ``model_tflop`` (forward and backward of
-    encoder, connector and decoder, without recomputation) / (``seconds`` x ranks); utilisation divides it by ``peak_tflops``.
+    Throughput counts real tokens (no padding) and real tiles. Model TFLOP/s of a rank is ``model_tflop`` (forward and
+    backward of encoder, connector and decoder, without recomputation) / (``seconds`` x ranks); utilisation divides it
+    by ``peak_tflops``.
     """
     cfg, output, seconds = run.cfg, taken.output, taken.seconds
     tiles = taken.counts.image_slots // cfg.connector.num_tokens
@@ -118,7 +121,9 @@ def report(run: Run, taken: Taken, figures: dict[str, float | int | None]) -> No
     if run.writer is not None:
         run.writer.write(run.state.step, figures)
     if not taken.output.applied:
-        run.progress.line(f"step {run.state.step} updated nothing: loss {taken.output.loss}, gradient norm {taken.output.grad_norm}")
+        run.progress.line(
+            f"step {run.state.step} updated nothing: loss {taken.output.loss}, gradient norm {taken.output.grad_norm}"
+        )
     if "validation/loss" in figures:
         run.progress.line(f"step {run.state.step} held-out loss {figures['validation/loss']:.4f}")
     if _due(run.state.step, run.cfg.logging.log_interval) or run.state.step == run.cfg.train.steps:
@@ -131,7 +136,7 @@ def _summary(run: Run, taken: Taken, figures: dict[str, float | int | None]) -> 
         f"loss {taken.output.loss:.4f} | grad norm {taken.output.grad_norm:.3f} | lr {figures['lr/language']:.2e} | "
         f"{figures['speed/tokens_per_second']:.0f} tokens/s, {figures['speed/tiles_per_second']:.1f} tiles/s | "
         f"{figures['speed/model_tflops_per_rank']:.4f} TFLOP/s per rank ({figures['speed/model_tflop']:.4g} TFLOP / "
-        f"({taken.seconds:.3f} s x {run.topology.place.world_size})){peak} | data wait {100 * taken.wait / taken.seconds:.0f} %"
+        f"({taken.seconds:.3f} s x {run.topology.place.world_size})){peak} | data wait {figures['data/wait_share']:.0%}"
     )
 
 

@@ -14,8 +14,8 @@ def choose_checkpoint(cfg: RunConfig) -> Checkpoint | None:
     """Return the checkpoint to resume from; None for a fresh start.
 
     Raises:
-        CheckpointError: a fresh start was asked for beside checkpoints, a checkpoint is required and there is none, it belongs to
-            another model, or the tracker or the checkpoint is damaged.
+        CheckpointError: a fresh start was asked for beside checkpoints, a checkpoint is required and there is none, it
+            belongs to another model, or the tracker or the checkpoint is damaged.
     """
     folder = checkpoints_folder(cfg.train.run_dir)
     if cfg.checkpoint.resume == "never":
@@ -48,7 +48,7 @@ def check_same_data(checkpoint: Checkpoint, cfg: RunConfig, *, digest: str) -> N
     changes = [c for c in diff(checkpoint.config, cfg) if c.path.startswith(sections)]
     listed = "".join(f"\n    {c.path}: {value_text(c.left)} -> {value_text(c.right)}" for c in changes)
     raise CheckpointError(
-        f"the order of the training data is not the checkpoint's (digest {digest[:12]}, checkpoint {checkpoint.data_digest[:12]}): "
+        f"the order of the training data is not the checkpoint's ({digest[:12]}, not {checkpoint.data_digest[:12]}): "
         + (f"options changed:{listed}" if changes else "the content of a source changed"),
         fix="restore the data and its options, or start a new run directory",
     )
@@ -56,13 +56,17 @@ def check_same_data(checkpoint: Checkpoint, cfg: RunConfig, *, digest: str) -> N
 
 def resume_block(cfg: RunConfig, checkpoint: Checkpoint | None, *, state: TrainState) -> str:
     """Return the decision, what it rests on and what has changed, as lines of text."""
-    lines = ["resume decision", f"  run directory      {cfg.train.run_dir} (checkpoint.resume = {cfg.checkpoint.resume})"]
+    lines = [
+        "resume decision",
+        f"  run directory      {cfg.train.run_dir} (checkpoint.resume = {cfg.checkpoint.resume})",
+    ]
     if checkpoint is None:
         return "\n".join([*lines, "  decision           fresh start: no checkpoint was ever published here"])
     layout = checkpoint.layout
     lines += [
         f"  decision           go on from {checkpoint.folder.name}, named by the tracker",
-        f"  position           step {state.step}, {state.consumed_rows} rows consumed, {checkpoint.optimizer_step} updates applied",
+        f"  position           step {state.step}, {state.consumed_rows} rows consumed, "
+        f"{checkpoint.optimizer_step} updates applied",
         f"  data order         digest {checkpoint.data_digest[:12]}, unchanged",
         f"  written by         {layout['world_size']} ranks, tensor {layout['tensor_model_parallel_size']} x pipeline "
         f"{layout['pipeline_model_parallel_size']}, " + ", ".join(f"{k} {v}" for k, v in checkpoint.versions.items()),

@@ -132,7 +132,7 @@ class Run:
         progress.line(screen)
         progress.line(resume_block(cfg, checkpoint, state=state))
         if writer is not None and writer.dropped:
-            progress.line(f"  metrics            {writer.dropped} records after step {state.step} dropped: their steps are taken again")
+            progress.line(f"  metrics            {writer.dropped} records after step {state.step} dropped, taken again")
         return cls(cfg, parts, feed, state, peak_tflops(cfg, device=parts.topology.device), progress, writer)
 
     def save(self) -> None:

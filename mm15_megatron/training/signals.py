@@ -8,7 +8,7 @@ from types import FrameType, TracebackType
 import torch
 
 EXIT_INTERRUPTED = 75
-"""Exit code of a run that was asked to stop and saved a checkpoint: start the same command again to go on (EX_TEMPFAIL)."""
+"""Exit code of a run that was asked to stop and saved: start the same command again to go on (EX_TEMPFAIL)."""
 
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
@@ -25,7 +25,9 @@ class StopRequest:
         self._former = {number: signal.signal(number, self._remember) for number in _SIGNALS}
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
         """Restore the former handlers."""
         for number, handler in self._former.items():
             signal.signal(number, handler)  # type: ignore[arg-type]

@@ -24,7 +24,7 @@ _LR_OPTIONS = {"language": "optimizer.lr", "connector": "optimizer.connector_lr"
 
 
 def peak_tflops(cfg: RunConfig, *, device: torch.device) -> float | None:
-    """Return the dense peak of one device in TFLOP/s: configured, or known for its name; None = utilisation is not reported."""
+    """Return the dense peak of one device in TFLOP/s: configured, or known for its name; None = not known."""
     if cfg.logging.peak_tflops is not None:
         return cfg.logging.peak_tflops
     return device_peak_tflops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
@@ -77,11 +77,16 @@ def _layout_facts(cfg: RunConfig, topology: Topology) -> list[tuple[str, str]]:
     device = torch.cuda.get_device_name(topology.device) if topology.device.type == "cuda" else "cpu"
     return [
         ("layout", ", ".join([f"{place.world_size} ranks ({place.launcher}): {sizes}", *extras])),
-        ("decoder layers", " + ".join(map(str, pipeline_layer_split(cfg))) + f", encoder on stage 0, {parallel.encoder_parallel}-parallel"),
+        (
+            "decoder layers",
+            " + ".join(map(str, pipeline_layer_split(cfg)))
+            + f", encoder on stage 0, {parallel.encoder_parallel}-parallel",
+        ),
         (
             "device",
-            f"{device}, {torch.distributed.get_backend()}, {cfg.kernels.params_dtype}, {cfg.kernels.transformer_impl} layers, "
-            f"{torch.get_num_threads()} threads per rank, torch {torch.__version__}",
+            f"{device}, {torch.distributed.get_backend()}, {cfg.kernels.params_dtype}, "
+            f"{cfg.kernels.transformer_impl} layers, {torch.get_num_threads()} threads per rank, "
+            f"torch {torch.__version__}",
         ),
     ]
 
@@ -91,6 +96,7 @@ def _batch_facts(cfg: RunConfig, plan: BatchPlan, consumed_rows: int) -> list[tu
     ramp = f", ramping to {train.global_batch_size}" if rows != train.global_batch_size else ""
     tiles = rows * planned_tiles_per_row(cfg)
     flops = step_flops(cfg, rows=rows, tiles=tiles)
+    decoder, encoder, connector = (f"{part / 1e12:.4g}" for part in (flops.language, flops.vision, flops.connector))
     return [
         (
             "step",
@@ -100,8 +106,8 @@ def _batch_facts(cfg: RunConfig, plan: BatchPlan, consumed_rows: int) -> list[tu
         ("length", f"{train.steps} steps, {cfg.schedule.warmup_steps} of warm-up, {cfg.schedule.decay} decay"),
         (
             "model FLOPs",
-            f"at most {flops.total / 1e12:.4g} TFLOP a step with {tiles} tiles: decoder {flops.language / 1e12:.4g}, encoder "
-            f"{flops.vision / 1e12:.4g}, connector {flops.connector / 1e12:.4g}",
+            f"at most {flops.total / 1e12:.4g} TFLOP a step with {tiles} tiles: decoder {decoder}, encoder {encoder}, "
+            f"connector {connector}",
         ),
     ]
 

@@ -87,8 +87,8 @@ class TrainState:
 def global_counts(rows: Iterable[RowRecord], *, topology: Topology) -> Counts:
     """Add up what this step's rows held, over all ranks (every rank must call).
 
-    The ranks of one data-parallel place hold the same rows, so the first of them counts the tokens; a bad image is reported by
-    exactly one of them (``RowRecord.substituted``).
+    The ranks of one data-parallel place hold the same rows, so the first of them counts the tokens; a bad image is
+    reported by exactly one of them (``RowRecord.substituted``).
     """
     rows = tuple(rows)
     counts_tokens = topology.is_first_stage and topology.tensor_rank == 0

@@ -12,7 +12,7 @@ JSONL = "metrics.jsonl"
 
 
 def truncate_records(path: Path, *, step: int) -> int:
-    """Drop the records of steps after ``step`` (a killed run wrote them, and they are taken again), and a torn last line.
+    """Drop the records of steps after ``step`` (from a killed run; they are taken again), and a torn last line.
 
     The file is replaced at once, so a kill leaves either the old or the new one.
 
@@ -60,7 +60,7 @@ class MetricsWriter:
             self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=resumed_step + 1)
 
     def write(self, step: int, values: Mapping[str, float | int | None]) -> None:
-        """Append one record; values that are None or not finite become null in the file and are left out of TensorBoard."""
+        """Append one record; None and numbers that are not finite become null, and are left out of TensorBoard."""
         finite = {name: value if value is not None and math.isfinite(value) else None for name, value in values.items()}
         self._file.write(json.dumps({"step": step, **finite}) + "\n")
         self._file.flush()
@@ -79,6 +79,8 @@ class MetricsWriter:
         """Return the writer."""
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
         """Close the writer."""
         self.close()

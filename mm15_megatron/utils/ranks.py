@@ -21,8 +21,8 @@ def launched_rank() -> int:
 def on_rank_zero(action: Callable[[], T]) -> T:
     """Run ``action`` on rank 0 while the others wait; every rank returns its result or raises its error.
 
-    The result must be picklable. Errors of the user's input and of the file system are shared, so that no rank is left waiting
-    for one that has already failed.
+    The result must be picklable. Errors of the user's input and of the file system are shared, so that no rank is left
+    waiting for one that has already failed.
 
     Raises:
         MM15Error: whatever the action raised.

@@ -98,7 +98,13 @@ def _save_twice(cfg: RunConfig) -> None:
     parts = build_parts(cfg)
     for step in (1, 2):
         save_checkpoint(
-            cfg, parts.chunks, parts.optimizer, topology=parts.topology, step=step, data_digest="d", progress={"step": step}
+            cfg,
+            parts.chunks,
+            parts.optimizer,
+            topology=parts.topology,
+            step=step,
+            data_digest="d",
+            progress={"step": step},
         )
     close_topology()
 
@@ -113,12 +119,18 @@ def test_save_publishes_and_retains(tmp_path: Path) -> None:
     assert found is not None
     assert (found.config, found.step, found.optimizer_step) == (cfg, 2, 0)
     assert found.layout["world_size"] == 2
-    assert {path.name for path in (found.folder / "tensors").iterdir()} >= {".metadata", "metadata.json", "__0_0.distcp"}
+    assert {path.name for path in (found.folder / "tensors").iterdir()} >= {
+        ".metadata",
+        "metadata.json",
+        "__0_0.distcp",
+    }
 
 
 def test_unwritable_folder_is_one_error_on_every_rank(tmp_path: Path) -> None:
     """Rank 0 cannot create the folder: no rank is left waiting."""
     (tmp_path / "checkpoints").write_text("a file is in the way")
     cfg = change(debug_config(), train={"run_dir": str(tmp_path)})
-    with pytest.raises(RankFailure, match=r"(?s)rank 0.*CheckpointError: the checkpoint of step 1.*rank 1.*CheckpointError"):
+    with pytest.raises(
+        RankFailure, match=r"(?s)rank 0.*CheckpointError: the checkpoint of step 1.*rank 1.*CheckpointError"
+    ):
         run_on_ranks(_save_twice, 2, cfg=cfg)

@@ -1,4 +1,4 @@
-"""A checkpoint of any layout resumes in any other: the next five losses and gradient norms are those of the uninterrupted run."""
+"""A checkpoint of any layout resumes in any other: the next five losses and norms are those of the straight run."""
 
 from __future__ import annotations
 
@@ -98,7 +98,9 @@ def _distance(left: Figures, right: Figures) -> float:
 
 
 @pytest.mark.parametrize("into", MATRIX)
-def test_resume_in_layout(into: str, saved: tuple[dict[str, str], dict[str, Figures]], table: dict[str, list[str]]) -> None:
+def test_resume_in_layout(
+    into: str, saved: tuple[dict[str, str], dict[str, Figures]], table: dict[str, list[str]]
+) -> None:
     """Every layout's checkpoint continues here; bitwise when this layout saved it."""
     run_dirs, straight = saved
     layout = MATRIX[into]
@@ -112,7 +114,7 @@ def test_resume_in_layout(into: str, saved: tuple[dict[str, str], dict[str, Figu
     assert max(distances.values()) <= FP32_SCALAR, distances
 
 
-# bf16 keeps 8 bits; two ways of rounding the same fp32 master differ by at most one unit in the last place of each weight.
+# bf16 keeps 8 bits: weights rounded to it and their fp32 masters differ by half a unit in the last place.
 BF16 = 2e-2
 
 
@@ -215,7 +217,7 @@ def _resume_with_fault(cfg: RunConfig, run_dirs: dict[str, str], fault: str) -> 
 
 @pytest.mark.parametrize("fault", ["step", "master", "exp_avg", "exp_avg_sq"])
 def test_planted_fault_is_found(fault: str, saved: tuple[dict[str, str], dict[str, Figures]]) -> None:
-    """The comparison fails when any one part of the state is not restored (the first loss alone would miss three of four)."""
+    """The comparison fails when any one part is not restored (the first loss alone would miss three of four)."""
     run_dirs, straight = saved
     cfg = _in(Path(run_dirs["one"]), MATRIX["dp2-dist-opt"])
     found = run_on_ranks(_resume_with_fault, 2, cfg=cfg, run_dirs=run_dirs, fault=fault)[0]["one"]

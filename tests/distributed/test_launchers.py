@@ -121,6 +121,7 @@ def test_sbatch_requeue_resumes(arguments: list[str], straight: list[float], tmp
         wait_for(lambda: "requeueing" in log.read_text(), seconds=60, what="the requeue", log=log)
         wait_for(lambda: _started_again(job, env, log), seconds=90, what="the second start", log=log)
         wait_for(lambda: len(metrics.read_text().splitlines()) == STEPS, seconds=180, what="the last step", log=log)
+        wait_for(lambda: not _is_queued(job, env), seconds=60, what="the end of the job", log=log)
     text = log.read_text()
     assert losses(run_dir) == pytest.approx(straight, abs=FP32_DRIFT), text[-4000:]
 
@@ -129,3 +130,8 @@ def _started_again(job: str, env: dict[str, str], log: Path) -> bool:
     """Spare a requeued job its two minutes of waiting, and say whether it runs."""
     subprocess.run(["scontrol", "update", f"jobid={job}", "StartTime=now"], env=env, capture_output=True, check=False)
     return "start 1 nodes" in log.read_text()
+
+
+def _is_queued(job: str, env: dict[str, str]) -> bool:
+    answer = subprocess.run(["squeue", "-h", "-o", "%i"], env=env, capture_output=True, text=True, check=True)
+    return job in answer.stdout.split()

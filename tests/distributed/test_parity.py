@@ -14,6 +14,9 @@ from ..helpers.layouts import LAYOUTS, change, debug_config
 from ..helpers.parity import FP32_SCALAR, Trace, compare, trace, trace_on_rank
 from ..helpers.ranks import run_on_ranks
 
+# Losses and norms of a bf16 model: 8 bits of mantissa, averaged over a thousand tokens.
+BF16_SCALAR = 2e-3
+
 TITLE = "parity with one rank (debug_dense, mixed batches, five steps)"
 HEADER = f"{'layout':34} {'ranks':>5} {'loss':>9} {'grad norm':>9} {'gradient':>9} {'parameter':>9}  worst gradient"
 
@@ -58,6 +61,28 @@ def test_reference_learns_something() -> None:
     whole = reference("dense")
     assert all(gradient.abs().max() > 0 for gradient in whole.gradients.values())
     assert max(whole.losses) - min(whole.losses) > 100 * FP32_SCALAR
+
+
+@pytest.mark.parametrize("layout", ["tp2sp", "tp2pp2", "dp2-dist-opt"])
+def test_bf16_layouts_agree(layout: str, table: dict[str, list[str]]) -> None:
+    """bf16 parameters and activations, fp32 gradients and master weights: equal up to bf16 rounding of the sums."""
+    cfg = debug_config(kernels={"params_dtype": "bf16"})
+    chosen = LAYOUTS[layout]
+    one = bf16_reference()
+    found = compare(one, trace(chosen.apply(cfg), world_size=chosen.world_size), learning_rate=cfg.optimizer.lr or 0)
+    table.setdefault(TITLE, [HEADER]).append(
+        f"{'bf16 ' + layout:34} {chosen.world_size:5} {found.loss:9.1e} {found.grad_norm:9.1e} "
+        f"{found.gradient:9.1e} {found.parameter:9.1e}  {found.first}"
+    )
+    assert found.loss <= BF16_SCALAR
+    assert found.grad_norm <= BF16_SCALAR
+    assert one.losses == pytest.approx(reference("dense").losses, abs=BF16_SCALAR)
+
+
+@functools.cache
+def bf16_reference() -> Trace:
+    """The one-rank trace in bf16."""
+    return trace(debug_config(kernels={"params_dtype": "bf16"}), world_size=1)
 
 
 def _skip_encoder_sum(cfg, steps):  # type: ignore[no-untyped-def]

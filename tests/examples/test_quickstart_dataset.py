@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from examples.quickstart import digits
-from examples.quickstart.build_dataset import SEED, Sizes, build, heldout, pictures
+from examples.quickstart.build_dataset import SEED, Sizes, build, build_training, heldout, pictures
 from mm15_megatron.data.image.decoder import sniff
 from mm15_megatron.data.indexed.reader import IndexedSource
 from mm15_megatron.data.tokenizer import Tokenizer
@@ -60,18 +60,32 @@ def _drawn_scans(picture: digits.Picture) -> list[bytes]:
     return found
 
 
-def test_no_held_out_scan_is_in_a_training_picture() -> None:
+def test_training_files_follow_from_the_training_scans_alone(folder: Path, tmp_path: Path) -> None:
+    train, _ = digits.split_scans()
+    build_training(tmp_path, train, SMALL)
+    names = [path.name for path in tmp_path.iterdir()]
+    assert "captions_images.bin" in names
+    assert [name for name in names if (folder / name).read_bytes() != (tmp_path / name).read_bytes()] == []
+
+
+def test_held_out_pictures_show_held_out_scans_alone() -> None:
     train, held = digits.split_scans()
-    training = {scan.tobytes() for scan in train.pixels}
-    unseen = {scan.tobytes() for scan in held.pixels}
-    for picture in pictures(train, 300, np.random.default_rng(SEED)):
-        drawn = _drawn_scans(picture)
-        assert sum(scan in training for scan in drawn) >= len(picture.digits)
-        assert not unseen.intersection(drawn)
+    training, unseen = ({scan.tobytes() for scan in scans.pixels} for scans in (train, held))
     for picture, _ in heldout(held, 20):
         drawn = _drawn_scans(picture)
         assert sum(scan in unseen for scan in drawn) >= len(picture.digits)
         assert not training.intersection(drawn)
+
+
+def test_training_pictures_are_distorted_and_stay_in_their_cells() -> None:
+    train, _ = digits.split_scans()
+    half = digits.SIDE // 2
+    for picture in pictures(train, 200, np.random.default_rng(SEED)):
+        plain = digits.compose(train, picture.scans, np.random.default_rng(0), distort=False)
+        assert not np.array_equal(picture.pixels, plain.pixels)
+        if picture.cells:
+            quarters = picture.pixels.reshape(2, half, 2, half).any(axis=(1, 3)).ravel()
+            assert tuple(np.flatnonzero(quarters)) == picture.cells
 
 
 def test_every_held_out_scan_is_asked_once_as_a_single() -> None:

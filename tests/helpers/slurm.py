@@ -126,6 +126,7 @@ def cluster(folder: Path) -> Iterator[dict[str, str]]:
         _wait_for(lambda: _idle_nodes(environment) == NODES, 30, folder)
         yield environment
     finally:
+        _end_jobs(environment)
         for daemon in reversed(daemons):
             daemon.terminate()
         for daemon in daemons:
@@ -141,6 +142,17 @@ def _idle_nodes(environment: dict[str, str]) -> int:
         ["sinfo", "-h", "-t", "idle", "-o", "%D"], env=environment, capture_output=True, text=True, check=False
     )
     return int(answer.stdout.strip() or 0)
+
+
+def _end_jobs(environment: dict[str, str], *, seconds: float = 20) -> None:
+    """Cancel what still runs, so that no job outlives the daemons that watch it."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        left = subprocess.run(["squeue", "-h", "-o", "%i"], env=environment, capture_output=True, text=True, check=False)
+        if not left.stdout.split():
+            return
+        subprocess.run(["scancel", *left.stdout.split()], env=environment, capture_output=True, check=False)
+        time.sleep(0.5)
 
 
 def _wait_for(ready, seconds: float, folder: Path) -> None:  # type: ignore[no-untyped-def]

@@ -36,7 +36,11 @@ def arguments(data_arguments: list[str], tmp_path: Path) -> Callable[..., list[s
 
     def make(*more: str, run_dir: str = "run") -> list[str]:
         shared = ["--preset", "debug_dense", "train.threads_per_rank=1"]
-        quiet = [] if any(argument.startswith("logging.tensorboard") for argument in more) else ["logging.tensorboard=false"]
+        quiet = (
+            []
+            if any(argument.startswith("logging.tensorboard") for argument in more)
+            else ["logging.tensorboard=false"]
+        )
         return [*shared, *quiet, f"train.run_dir={tmp_path / run_dir}", *data_arguments, *more]
 
     return make

@@ -40,6 +40,7 @@ def _run_on_rank(argv: list[str], trap: tuple[str, signal.Signals, int] | None) 
     torch.distributed.all_gather_object(pids, os.getpid())
     log = _Trap(trap[0], trap[1], pids[trap[2]]) if trap else io.StringIO()
     sys.stdout = log
+    os.register_at_fork(before=lambda: log.write("this process forks\n"))
     parsed = parse_run(argv, presets=REGISTRY)
     validate(parsed.config, world_size=place.world_size)
     with ExitStack() as stack:

@@ -34,7 +34,7 @@ def _command(*command: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_killed_run_goes_on_as_if_it_had_not_been(arguments: Arguments, tmp_path: Path) -> None:
-    """A run that dies between checkpoints repeats the lost steps; its record is bitwise that of the run that never died."""
+    """A run that dies between checkpoints repeats the lost steps; its record is bitwise the undisturbed run's."""
     steps = ["train.steps=6", "checkpoint.save_interval=2"]
     straight = arguments(*steps, run_dir="straight")
     assert run_arguments(straight)[0] == 0
@@ -65,7 +65,7 @@ def test_signal_to_one_rank_stops_all(number: signal.Signals, rank: int, argumen
 
 
 def test_figures_and_validation(arguments: Arguments, tmp_path: Path) -> None:
-    """Every step has one record; throughput, utilisation and held-out loss are in it, whatever the layout that goes on."""
+    """Every step has one record with throughput, utilisation and held-out loss, whatever layout goes on."""
     parallel = ["parallel.tensor_model_parallel_size=2", "logging.peak_tflops=0.5"]
     validation = ["train.validation_interval=2", "train.validation_steps=2"]
     code, log = run_arguments(arguments("train.steps=4", *parallel, *validation), world_size=2)
@@ -96,17 +96,47 @@ def test_batch_size_ramp_is_taken_and_resumed(arguments: Arguments, tmp_path: Pa
     assert [record["data/consumed_rows"] for record in seen] == [4, 8, 14, 20, 28, 36]
 
 
+def test_steps_that_are_not_finite_are_counted(arguments: Arguments, tmp_path: Path) -> None:
+    """A run that blew up updates nothing, says so at every step, and its counters survive a resume."""
+    argv = arguments(
+        "optimizer.lr=1e30", "schedule.warmup_steps=0", "schedule.decay_steps=6", "optimizer.weight_decay=0"
+    )
+    code, log = run_arguments([*argv, "train.steps=3"])
+    assert code == 0
+    assert "step 3 updated nothing: loss nan" in log
+    assert [record["train/skipped_steps"] for record in records(tmp_path / "run")] == [0, 1, 2]
+    assert records(tmp_path / "run")[-1]["train/loss"] is None
+    _, log = run_arguments([*argv, "train.steps=4"])
+    assert "step 3, 24 rows consumed, 1 updates applied" in log
+    assert records(tmp_path / "run")[-1]["train/skipped_steps"] == 3
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_saving_while_images_are_decoded(workers: int, arguments: Arguments, tmp_path: Path) -> None:
+    """A process in which the image decoder lives must not fork: saving does not, and the pipeline runs on."""
+    argv = arguments("train.steps=3", "checkpoint.save_interval=1")
+    argv = [a for a in argv if not a.startswith(("data.decoder", "data.num_workers"))]
+    code, log = run_arguments([*argv, "data.decoder=dali", f"data.num_workers={workers}"])
+    assert code == 0
+    assert log.count("saved ") == 3
+    assert "this process forks" not in log
+
+
 def test_other_data_is_refused(arguments: Arguments) -> None:
     """Rows in another order are not the rows that were consumed."""
     run_arguments(arguments("train.steps=3"))
-    with pytest.raises(RankFailure, match=r"the order of the training data is not the checkpoint's.*\n +train.seed: 1234 -> 5"):
+    with pytest.raises(
+        RankFailure, match=r"the order of the training data is not the checkpoint's.*\n +train.seed: 1234 -> 5"
+    ):
         run_arguments(arguments("train.steps=4", "train.seed=5"))
 
 
 def test_torchrun(arguments: Arguments, tmp_path: Path) -> None:
     """The command line under the real launcher."""
     launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "mm15_megatron.train")
-    done = _command(*launch, *arguments("train.steps=3", "parallel.tensor_model_parallel_size=2", "logging.tensorboard=true"))
+    done = _command(
+        *launch, *arguments("train.steps=3", "parallel.tensor_model_parallel_size=2", "logging.tensorboard=true")
+    )
     assert done.returncode == 0, done.stderr
     assert "2 ranks (torchrun): tensor 2 x pipeline 1 x data 1" in done.stdout
     assert done.stdout.count("step 3/3 |") == 1
@@ -115,7 +145,10 @@ def test_torchrun(arguments: Arguments, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("argument", "message"),
-    [("train.stepz=3", "ConfigError: section 'train' has no field 'stepz'"), ("parallel.device=cuda", "BackendError: ")],
+    [
+        ("train.stepz=3", "ConfigError: section 'train' has no field 'stepz'"),
+        ("parallel.device=cuda", "BackendError: "),
+    ],
 )
 def test_bad_input_is_one_message(argument: str, message: str, arguments: Arguments) -> None:
     """What is wrong with the input is said once, without a traceback, and the exit code tells it from a failure."""

@@ -24,7 +24,11 @@ def test_resume_takes_steps_again(tmp_path: Path) -> None:
         assert writer.dropped == 2
         for step in (2, 3):
             writer.write(step, {"train/loss": 10.0 * step})
-    assert _lines(tmp_path) == [{"step": 1, "train/loss": 1.0}, {"step": 2, "train/loss": 20.0}, {"step": 3, "train/loss": 30.0}]
+    assert _lines(tmp_path) == [
+        {"step": 1, "train/loss": 1.0},
+        {"step": 2, "train/loss": 20.0},
+        {"step": 3, "train/loss": 30.0},
+    ]
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [(1, 1.0), (2, 20.0), (3, 30.0)]
 
