@@ -2,8 +2,9 @@
 
     python -m examples.quickstart.build_dataset --out runs/quickstart/data
 
-Writes ``tokenizer.json``, the training sources ``captions`` and ``conversations``, and the source ``heldout`` (one question a
-document) with ``heldout_questions.json``, which says of each document its kind, question, answer, and what is in the picture.
+Writes ``tokenizer.json``, the training sources ``captions`` and ``conversations``, and the source ``heldout`` (one
+question a document) with ``heldout_questions.json``, which says of each document its kind, question, answer, and what
+is in the picture.
 """
 
 from __future__ import annotations
@@ -19,12 +20,13 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from examples.quickstart import digits
+from mm15_megatron.data.build import BuildOptions
 from mm15_megatron.data.captions import build_captions
 from mm15_megatron.data.sft import Conversation, Turn, build_conversations, render
 from mm15_megatron.data.tokenizer import IMAGE_TOKEN, Tokenizer
 
 SEED = 20250
-SHARES = (0.3, 0.25, 0.2, 0.25)  # of the kinds of pictures: singles, pairs, threes, fours
+SHARES = (0.35, 0.25, 0.2, 0.2)  # of the kinds of pictures: singles, pairs, threes, fours
 VOCABULARY = 256  # tokens at most
 TURNS = 2  # questions a conversation asks about its picture, at most
 
@@ -34,15 +36,15 @@ class Sizes:
     """How much is built: training pictures of each source, and held-out pictures of each kind but singles."""
 
     captions: int = 16000
-    conversations: int = 32000
+    conversations: int = 60000
     heldout: int = 360
 
 
 def pictures(scans: digits.Scans, count: int, rng: np.random.Generator) -> Iterator[digits.Picture]:
-    """Compose ``count`` distorted training pictures; the kinds come in fixed shares, the scans at random."""
+    """Compose ``count`` training pictures; the kinds come in fixed shares, the scans at random."""
     for kind in rng.choice(len(SHARES), size=count, p=SHARES).tolist():
         chosen = rng.integers(len(scans.digits), size=kind + 1).tolist()
-        yield digits.compose(scans, chosen, rng, distort=True)
+        yield digits.compose(scans, chosen, rng)
 
 
 def captions(scans: digits.Scans, count: int, rng: np.random.Generator) -> Iterator[tuple[bytes, str]]:
@@ -62,7 +64,9 @@ def conversations(scans: digits.Scans, count: int, rng: np.random.Generator) -> 
 
 def dialogue(question: digits.Question, *, first: bool) -> tuple[Turn, Turn]:
     """A question and its answer; the picture stands before the first question."""
-    return Turn("user", f"{IMAGE_TOKEN}\n{question.text}" if first else question.text), Turn("assistant", question.answer)
+    return Turn("user", f"{IMAGE_TOKEN}\n{question.text}" if first else question.text), Turn(
+        "assistant", question.answer
+    )
 
 
 def heldout(scans: digits.Scans, count: int) -> list[tuple[digits.Picture, digits.Question]]:
@@ -70,30 +74,32 @@ def heldout(scans: digits.Scans, count: int) -> list[tuple[digits.Picture, digit
     rng = np.random.default_rng(SEED + 1)
     asked: list[tuple[digits.Picture, digits.Question]] = []
     for scan in range(len(scans.digits)):
-        picture = digits.compose(scans, [scan], rng, distort=False)
+        picture = digits.compose(scans, [scan], rng)
         asked.append((picture, digits.questions(picture, rng)[0]))
     for size in (2, 3, 4):
         for _ in range(count):
-            picture = digits.compose(scans, rng.integers(len(scans.digits), size=size).tolist(), rng, distort=False)
+            picture = digits.compose(scans, rng.integers(len(scans.digits), size=size).tolist(), rng)
             asked.append((picture, digits.questions(picture, rng)[0]))
     for kind in (1, 2):
         for _ in range(count):
             size = int(rng.integers(2, 5))
-            picture = digits.compose(scans, rng.integers(len(scans.digits), size=size).tolist(), rng, distort=False)
+            picture = digits.compose(scans, rng.integers(len(scans.digits), size=size).tolist(), rng)
             asked.append((picture, digits.questions(picture, rng)[kind]))
     return asked
 
 
 def train_tokenizer(texts: Iterable[str], path: Path) -> Tokenizer:
-    """Train a byte-level BPE on a few texts until every word is one token; the digit in an answer is one token with its space.
+    """Train a byte-level BPE until every word is one token; a digit in an answer is one token with its space.
 
-    Short sequences are what makes the quickstart quick: a question with its answer is about 17 tokens instead of 45 characters.
+    Short sequences make the quickstart quick: a question and its answer are about 17 tokens instead of 45 characters.
     """
     inner = tokenizers.Tokenizer(models.BPE(unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     inner.decoder = decoders.ByteLevel()
     special = ["<unk>", "<pad>", "</s>", IMAGE_TOKEN]
-    inner.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=special, show_progress=False))
+    inner.train_from_iterator(
+        texts, trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=special, show_progress=False)
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     inner.save(str(path))
     return Tokenizer(path)
@@ -120,8 +126,11 @@ def build_training(folder: Path, scans: digits.Scans, sizes: Sizes) -> Tokenizer
     """Write the tokenizer and the training sources, from these scans alone."""
     tokenizer = train_tokenizer(vocabulary_texts(scans), folder / "tokenizer.json")
     rng = np.random.default_rng(SEED)
-    build_captions(folder / "captions", captions(scans, sizes.captions, rng), tokenizer)
-    build_conversations(folder / "conversations", conversations(scans, sizes.conversations, rng), tokenizer)
+    options = BuildOptions(decode_images=False)  # they were encoded a moment ago: headers are checked, pixels are not
+    build_captions(folder / "captions", captions(scans, sizes.captions, rng), tokenizer, options=options)
+    build_conversations(
+        folder / "conversations", conversations(scans, sizes.conversations, rng), tokenizer, options=options
+    )
     return tokenizer
 
 

@@ -1,7 +1,7 @@
 """Pictures of real scanned digits, and questions about them: a pure function of a seed.
 
-The scans are scikit-learn's ``load_digits``: 1,797 handwritten digits of 8 x 8 pixels. The last 360 are held out before any
-picture is composed, so no pixel of a held-out picture was ever seen in training.
+The scans are scikit-learn's ``load_digits``: 1,797 handwritten digits of 8 x 8 pixels. The last 360 are held out before
+any picture is composed, so no pixel of a held-out picture was ever seen in training.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ Pixels = npt.NDArray[np.uint8]
 HELD_OUT_SCANS = 360
 SIDE = 56  # pixels of a picture
 JITTER = 2  # pixels a digit may be off the middle of its place, each way
-TURN, STRETCH, SHEAR = 6.0, 0.06, 0.06  # distortion of training pictures: degrees, share, share
 CELLS = ("top left", "top right", "bottom left", "bottom right")
 KINDS = ("single", "pair", "three", "four")  # by the number of digits shown
 
@@ -78,42 +77,33 @@ def split_scans() -> tuple[Scans, Scans]:
     return Scans(pixels[:cut], digits[:cut]), Scans(pixels[cut:], digits[cut:])
 
 
-def compose(scans: Scans, chosen: Sequence[int], rng: np.random.Generator, *, distort: bool) -> Picture:
+def compose(scans: Scans, chosen: Sequence[int], rng: np.random.Generator) -> Picture:
     """Draw one scan over the whole picture, or two to four in cells of a 2 x 2 grid whose other cells stay empty.
 
     Args:
         scans: what to draw from.
         chosen: the scans to draw, in reading order.
-        rng: decides cells, jitter and distortion.
-        distort: turn, stretch and shear each scan a little (training pictures).
+        rng: decides cells and jitter.
     """
     canvas = np.zeros((SIDE, SIDE), np.uint8)
-    digits = tuple(int(scans.digits[scan]) for scan in chosen)
+    shown = tuple(int(scans.digits[scan]) for scan in chosen)
     if len(chosen) == 1:
-        canvas[:] = _drawn(scans.pixels[chosen[0]], side=SIDE, rng=rng, distort=distort)
-        return Picture(canvas, digits, (), tuple(chosen))
+        _draw(canvas, scans.pixels[chosen[0]], rng)
+        return Picture(canvas, shown, (), tuple(chosen))
     cells = sorted(rng.choice(len(CELLS), size=len(chosen), replace=False).tolist())
     half = SIDE // 2
     for cell, scan in zip(cells, chosen, strict=True):
         top, left = cell // 2 * half, cell % 2 * half
-        canvas[top : top + half, left : left + half] = _drawn(scans.pixels[scan], side=half, rng=rng, distort=distort)
-    return Picture(canvas, digits, tuple(cells), tuple(chosen))
+        _draw(canvas[top : top + half, left : left + half], scans.pixels[scan], rng)
+    return Picture(canvas, shown, tuple(cells), tuple(chosen))
 
 
-def _drawn(scan: Pixels, *, side: int, rng: np.random.Generator, distort: bool) -> Pixels:
-    """Return a square with a scan near its middle, enlarged by a whole factor without smoothing; what leaves it is cut off."""
-    factor = (side - 2 * JITTER) // len(scan)
-    enlarge = np.eye(2) * factor
-    if distort:
-        turn, shear = np.radians(rng.uniform(-TURN, TURN)), rng.uniform(-SHEAR, SHEAR)
-        enlarge = enlarge @ np.diag(rng.uniform(1 - STRETCH, 1 + STRETCH, size=2)) @ [[1.0, shear], [0.0, 1.0]]
-        enlarge = np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]]) @ enlarge
-    back = np.linalg.inv(enlarge)  # where in the scan a pixel of the square comes from
-    middle = side / 2 + rng.integers(-JITTER, JITTER + 1, size=2)
-    shift = len(scan) / 2 - back @ middle
-    coefficients = (back[0, 0], back[0, 1], shift[0], back[1, 0], back[1, 1], shift[1])
-    drawn = Image.fromarray(scan).transform((side, side), Image.Transform.AFFINE, coefficients, Image.Resampling.NEAREST)
-    return np.asarray(drawn)
+def _draw(square: Pixels, scan: Pixels, rng: np.random.Generator) -> None:
+    """Draw a scan near the middle of a square, enlarged by a whole factor: no smoothing, every pixel stays crisp."""
+    factor = (len(square) - 2 * JITTER) // len(scan)
+    side = factor * len(scan)
+    down, right = rng.integers(-JITTER, JITTER + 1, size=2) + (len(square) - side) // 2
+    square[down : down + side, right : right + side] = scan.repeat(factor, axis=0).repeat(factor, axis=1)
 
 
 def questions(picture: Picture, rng: np.random.Generator) -> tuple[Question, ...]:
@@ -129,10 +119,8 @@ def questions(picture: Picture, rng: np.random.Generator) -> tuple[Question, ...
 
 
 def caption(picture: Picture) -> str:
-    """Say what is where."""
-    if picture.kind == "single":
-        return f"the digit {picture.listing}"
-    return ", ".join(f"{CELLS[cell]} {digit}" for cell, digit in zip(picture.cells, picture.digits, strict=True))
+    """Say what is shown."""
+    return f"the digit {picture.listing}" if picture.kind == "single" else f"the digits {picture.listing}"
 
 
 def encode(pixels: Pixels, *, jpeg: bool) -> bytes:

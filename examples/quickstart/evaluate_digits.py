@@ -1,212 +1,64 @@
 """Answer the held-out questions with the trained model, and write down how well, beside two baselines.
 
-    torchrun --nproc-per-node 2 -m examples.quickstart.evaluate_digits --run-dir runs/quickstart --data runs/quickstart/data
+    torchrun --nproc-per-node 2 -m examples.quickstart.evaluate_digits --run-dir runs/quickstart
 
-Writes ``evaluation.json`` and ``answers.png`` into the run directory. The baselines: 3-nearest-neighbour on the pixels of the source
-scans (told where each digit is, so an upper hand), and the same model with the pictures shuffled among questions of one kind. If
-shuffled pictures are answered better than chance, the questions give the answers away and the result is void: exit code 1.
+Writes ``evaluation.json`` and ``answers.png`` into the run directory. Exit code 1: void, shuffled pictures are answered
+better than by chance; 2: something in the input is wrong.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import logging
 import sys
-import time
 import warnings
-from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-warnings.filterwarnings("ignore", module=r"megatron\.")  # at import: optional libraries that this run does not use
-
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from sklearn.neighbors import KNeighborsClassifier  # noqa: E402
-
-from examples.quickstart import digits  # noqa: E402
-from mm15_megatron.accounting import model_parameters  # noqa: E402
-from mm15_megatron.data.image.decode_pil import build_codec  # noqa: E402
-from mm15_megatron.data.indexed.reader import IndexedSource  # noqa: E402
-from mm15_megatron.data.sft import Turn, encode_prompt  # noqa: E402
-from mm15_megatron.data.tokenizer import IMAGE_TOKEN, Tokenizer  # noqa: E402
-from mm15_megatron.errors import DataError, MM15Error  # noqa: E402
-from mm15_megatron.evaluation.generate import Generator, Prompt  # noqa: E402
-from mm15_megatron.evaluation.metrics import Score, exact_match, scores_by_kind  # noqa: E402
-from mm15_megatron.evaluation.report import Shown, write_grid, write_report  # noqa: E402
-from mm15_megatron.evaluation.restore import Restored, restore_model  # noqa: E402
-from mm15_megatron.parallel.rendezvous import discover  # noqa: E402
+from mm15_megatron.errors import MM15Error
 
 EXIT_VOID = 1
 EXIT_BAD_INPUT = 2
-NEW_TOKENS = 8  # "3 8 1 4" and the end of text
-CHANCE_MARGIN = 0.05  # shuffled pictures may be answered this much better than by chance before the result is void
-NEIGHBOURS = 3
-SHOWN = (("single", 6), ("pair", 4), ("three", 3), ("four", 4), ("count", 3), ("cell", 4))
 
 
-@dataclass(frozen=True)
-class Asked:
-    """One held-out question: what is known about it, and the encoded picture."""
+def evaluate(run_dir: Path, data: Path) -> int:
+    """Answer, and write on rank 0; return the exit code."""
+    # megatron-core warns of optional libraries that are absent, torch of names that megatron-core still uses.
+    warnings.filterwarnings("ignore", module=r"megatron\.")
+    warnings.filterwarnings("ignore", module=r"torch\.distributed", category=FutureWarning)
+    from examples.quickstart.answering import draw_answers, evaluate_all
+    from mm15_megatron.evaluation.report import write_report
+    from mm15_megatron.evaluation.restore import restore_model
+    from mm15_megatron.parallel.rendezvous import discover
 
-    kind: str
-    question: str
-    answer: str
-    digits: tuple[int, ...]
-    cells: tuple[int, ...]
-    scans: tuple[int, ...]
-    picture: bytes
-
-
-def read_questions(folder: Path, *, tokenizer: Tokenizer) -> list[Asked]:
-    """Read the held-out source and what lies beside it.
-
-    Raises:
-        DataError: the two do not belong together, or a file is missing or damaged.
-    """
-    source = IndexedSource(folder / "heldout", tokenizer_digest=tokenizer.digest, kinds=("conversations",))
-    path = folder / "heldout_questions.json"
-    try:
-        known = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read: {error}", fix="build the dataset again") from error
-    if len(known) != source.num_documents:
-        raise DataError(
-            f"{path} has {len(known)} questions, the source {source.num_documents}", fix="build the dataset again"
+    place = discover()
+    with ExitStack() as stack:
+        restored = restore_model(str(run_dir), place=place, stack=stack)
+        figures, asked, answers = evaluate_all(restored, data=data)
+        if place.rank == 0:
+            write_report(run_dir / "evaluation.json", figures)
+            draw_answers(run_dir / "answers.png", asked, answers)
+    if figures["void"] and place.rank == 0:
+        sys.stderr.write(
+            f"void: with shuffled pictures, {', '.join(figures['void'])} is answered better than by chance\n"
         )
-    return [
-        Asked(
-            kind=entry["kind"],
-            question=entry["question"],
-            answer=entry["answer"],
-            digits=tuple(entry["digits"]),
-            cells=tuple(entry["cells"]),
-            scans=tuple(entry["scans"]),
-            picture=source.image_bytes(number).tobytes(),
-        )
-        for number, entry in enumerate(known)
-    ]
-
-
-def answer_all(generator: Generator, asked: Sequence[Asked], pictures: Sequence[bytes], tokenizer: Tokenizer) -> list[str]:
-    """Ask every question about the picture given with it."""
-    prompts = [
-        Prompt(tuple(encode_prompt([Turn("user", f"{IMAGE_TOKEN}\n{a.question}")], tokenizer)), (picture,))
-        for a, picture in zip(asked, pictures, strict=True)
-    ]
-    return [tokenizer.decode(ids).strip() for ids in generator.generate(prompts, max_new_tokens=NEW_TOKENS)]
-
-
-def shuffled(asked: Sequence[Asked], *, seed: int) -> list[int]:
-    """For each question the index of another question of its kind, whose picture it gets."""
-    rng = np.random.default_rng(seed)
-    given = list(range(len(asked)))
-    for kind in {a.kind: None for a in asked}:
-        ring = rng.permutation([i for i, a in enumerate(asked) if a.kind == kind]).tolist()
-        for here, there in zip(ring, ring[1:] + ring[:1], strict=True):
-            given[here] = there
-    return given
-
-
-def chance(asked: Sequence[Asked], given: Sequence[int]) -> Mapping[str, float]:
-    """How often a shuffled picture has the right answer by luck, or the most frequent answer is right, by kind."""
-    levels = {}
-    for kind in {a.kind: None for a in asked}:
-        mine = [i for i, a in enumerate(asked) if a.kind == kind]
-        truths = [asked[i].answer for i in mine]
-        lucky = sum(asked[i].answer == asked[given[i]].answer for i in mine)
-        levels[kind] = max(lucky, max(truths.count(truth) for truth in set(truths))) / len(mine)
-    return levels
-
-
-def nearest_neighbours(asked: Sequence[Asked]) -> Mapping[str, Score]:
-    """Read every source scan by its nearest training scans; a picture is right if all its scans are."""
-    train, held = digits.split_scans()
-    classifier = KNeighborsClassifier(NEIGHBOURS).fit(train.pixels.reshape(len(train.digits), -1), train.digits)
-    right = classifier.predict(held.pixels.reshape(len(held.digits), -1)) == held.digits
-    listings = [a for a in asked if a.kind in digits.KINDS]
-    return scores_by_kind((a.kind, bool(right[list(a.scans)].all())) for a in listings)
-
-
-def draw_answers(path: Path, asked: Sequence[Asked], answers: Sequence[str]) -> None:
-    """Write the picture grid: the first questions of each kind."""
-    cells = []
-    codec = build_codec(threads=1)
-    for kind, count in SHOWN:
-        for i in [i for i, a in enumerate(asked) if a.kind == kind][:count]:
-            pixels = codec.decode([np.frombuffer(asked[i].picture, np.uint8)])[0].numpy()
-            right = exact_match(answers[i], asked[i].answer)
-            cells.append(Shown(pixels, asked[i].question, answers[i], asked[i].answer, right))
-    write_grid(path, cells)
-
-
-def evaluate(restored: Restored, *, data: Path) -> tuple[dict[str, Any], list[Asked], list[str]]:
-    """Answer everything (every rank must call) and return the figures, the questions and the answers."""
-    tokenizer = Tokenizer(data / "tokenizer.json")
-    asked = read_questions(data, tokenizer=tokenizer)
-    generator = Generator(
-        restored.model,
-        restored.cfg,
-        topology=restored.topology,
-        eos_id=tokenizer.eos_id,
-        image_id=tokenizer.image_id,
-    )
-    start = time.perf_counter()
-    answers = answer_all(generator, asked, [a.picture for a in asked], tokenizer)
-    answering = time.perf_counter() - start
-    given = shuffled(asked, seed=restored.cfg.train.seed)
-    blind = answer_all(generator, asked, [asked[i].picture for i in given], tokenizer)
-    levels = chance(asked, given)
-    truths = [(a.kind, a.answer) for a in asked]
-    figures: dict[str, Any] = {
-        "step": restored.checkpoint.step,
-        "parameters": model_parameters(restored.cfg).total,
-        "answers_per_second": round(len(asked) / answering, 1),
-        "accuracy": _plain(_scores(truths, answers)),
-        "baselines": {
-            f"{NEIGHBOURS}_nearest_neighbours": _plain(nearest_neighbours(asked)),
-            "shuffled_pictures": _plain(_scores(truths, blind)),
-            "chance": {kind: round(level, 4) for kind, level in levels.items()},
-        },
-    }
-    figures["void"] = [
-        kind
-        for kind, score in _scores(truths, blind).items()
-        if score.interval[0] > levels[kind] + CHANCE_MARGIN
-    ]
-    return figures, asked, answers
-
-
-def _scores(truths: Sequence[tuple[str, str]], answers: Sequence[str]) -> Mapping[str, Score]:
-    return scores_by_kind((kind, exact_match(answer, truth)) for (kind, truth), answer in zip(truths, answers, strict=True))
-
-
-def _plain(scores: Mapping[str, Score]) -> dict[str, Any]:
-    return {kind: score.as_dict() for kind, score in scores.items()}
+    return EXIT_VOID if figures["void"] else 0
 
 
 def main() -> int:
-    """Read the command line, evaluate, and write on rank 0."""
+    """Read the command line and evaluate."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run-dir", type=Path, default=Path("runs/quickstart"), help="run directory with the checkpoints")
+    parser.add_argument(
+        "--run-dir", type=Path, default=Path("runs/quickstart"), help="run directory with the checkpoints"
+    )
     parser.add_argument("--data", type=Path, default=Path("runs/quickstart/data"), help="folder of build_dataset")
     arguments = parser.parse_args()
+    logging.basicConfig(level=logging.WARNING)
     try:
-        with ExitStack() as stack:
-            restored = restore_model(str(arguments.run_dir), place=discover(), stack=stack)
-            figures, asked, answers = evaluate(restored, data=arguments.data)
-            if torch.distributed.get_rank() == 0:
-                write_report(arguments.run_dir / "evaluation.json", figures)
-                draw_answers(arguments.run_dir / "answers.png", asked, answers)
+        return evaluate(arguments.run_dir, arguments.data)
     except MM15Error as error:
         sys.stderr.write(f"{type(error).__name__}: {error}\n")
         return EXIT_BAD_INPUT
-    if figures["void"]:
-        sys.stderr.write(f"void: with shuffled pictures, {', '.join(figures['void'])} is answered better than by chance\n")
-        return EXIT_VOID
-    return 0
 
 
 if __name__ == "__main__":

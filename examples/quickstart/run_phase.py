@@ -1,9 +1,9 @@
-"""Run one phase of the quickstart as a child process: time it, watch its memory, and perhaps stop it with a real signal.
+"""Run one phase of the quickstart as a child process: time it, watch its memory, perhaps stop it with a real signal.
 
-    python -m examples.quickstart.run_phase --record RUN_DIR/phases.jsonl --name train [--terminate-at STEP RUN_DIR/metrics.jsonl] -- COMMAND...
+    python -m examples.quickstart.run_phase --record PHASES --name NAME [--terminate-at STEP METRICS] -- COMMAND...
 
-Appends one line to the record: name, seconds, exit code, and peak memory of the whole process tree. The exit code is the command's;
-a phase that was to be terminated must have ended by that signal, and then exits with 0.
+Appends one line to the record: name, seconds, exit code, and peak memory of the whole process tree. The exit code is
+the command's; a phase that was to be terminated must have ended by that signal, and then exits with 0.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ EXIT_NOT_STOPPED = 3
 
 
 def tree_memory(root: psutil.Process) -> int:
-    """Return the bytes that a process and its descendants hold; shared pages count once where the system can tell (PSS)."""
+    """Return the bytes that a process tree holds; shared pages count once where the system can tell (PSS)."""
     total = 0
     for process in [root, *root.children(recursive=True)]:
         try:
@@ -52,7 +52,12 @@ def run(command: list[str], *, terminate_at: int | None, metrics: Path | None) -
             root = psutil.Process(child.pid)
             while child.poll() is None:
                 peak = max(peak, tree_memory(root))
-                if terminate_at is not None and metrics is not None and not sent and steps_taken(metrics) >= terminate_at:
+                if (
+                    terminate_at is not None
+                    and metrics is not None
+                    and not sent
+                    and steps_taken(metrics) >= terminate_at
+                ):
                     print(f"--- kill -TERM {child.pid} (step {steps_taken(metrics)} is done)", flush=True)
                     child.send_signal(signal.SIGTERM)
                     sent = True
@@ -70,7 +75,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--record", type=Path, required=True, help="JSONL file to append to")
     parser.add_argument("--name", required=True, help="name of the phase")
-    parser.add_argument("--terminate-at", nargs=2, metavar=("STEP", "METRICS"), help="send SIGTERM once STEP steps are recorded")
+    parser.add_argument(
+        "--terminate-at", nargs=2, metavar=("STEP", "METRICS"), help="send SIGTERM once STEP steps are recorded"
+    )
     parser.add_argument("command", nargs=argparse.REMAINDER, help="-- and the command")
     arguments = parser.parse_args()
     command = arguments.command[1:] if arguments.command[:1] == ["--"] else arguments.command

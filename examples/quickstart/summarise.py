@@ -1,6 +1,6 @@
 """Put the phases and the evaluation into ``report.json``, and show them as one table.
 
-    python -m examples.quickstart.summarise --run-dir runs/quickstart
+python -m examples.quickstart.summarise --run-dir runs/quickstart
 """
 
 from __future__ import annotations
@@ -37,7 +37,9 @@ def accuracy_lines(figures: Mapping[str, Any]) -> list[str]:
     """One line a kind of question: the model, its 95 % interval, and the baselines."""
     nearest, blind = figures["baselines"]["3_nearest_neighbours"], figures["baselines"]["shuffled_pictures"]
     chance = figures["baselines"]["chance"]
-    lines = [f"{'held-out questions':<26}{'n':>5}{'right':>8}{'95 % interval':>17}{'3-NN':>8}{'shuffled':>10}{'chance':>8}"]
+    lines = [
+        f"{'held-out questions':<26}{'n':>5}{'right':>8}{'95 % interval':>17}{'3-NN':>8}{'shuffled':>10}{'chance':>8}"
+    ]
     for kind, score in figures["accuracy"].items():
         low, high = score["interval95"]
         neighbours = f"{nearest[kind]['accuracy']:.3f}" if kind in nearest else "-"
@@ -66,7 +68,8 @@ def main() -> None:
     write_report(folder / "report.json", report)
     single = figures["accuracy"]["single"]
     print("\n".join([*phase_lines(phases), "", *accuracy_lines(figures), ""]))
-    print(f"{figures['parameters']:,} parameters, {figures['step']} steps; {folder / 'report.json'}, {folder / 'answers.png'}")
+    print(f"{figures['parameters']:,} parameters, {figures['step']} steps")
+    print(f"report: {folder / 'report.json'}, pictures: {folder / 'answers.png'}")
     print(f"held-out accuracy: {single['accuracy']:.3f} (n={single['n']})")
 
 

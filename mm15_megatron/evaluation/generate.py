@@ -1,6 +1,7 @@
 """Greedy answers from the model in its parallel layout.
 
-Many prompts share one packed row, one segment each, and the whole row runs again for every new token: there is no cache yet.
+Many prompts share one packed row, one segment each, and the whole row runs again for every new token: there is no
+cache yet.
 
 n: prompts in the row; N: tiles; T: tokens of the row; V: vocabulary, whole or this rank's share.
 """
@@ -105,8 +106,8 @@ class Generator:
         Data-parallel ranks answer a share of the prompts each and exchange the answers.
 
         Raises:
-            DataError: a prompt has no token, does not leave room for the answer in ``data.seq_length``, has other than one
-                image for each sentinel, or an image that does not decode.
+            DataError: a prompt has no token, does not leave room for the answer in ``data.seq_length``, has other than
+                one image for each sentinel, or an image that does not decode.
         """
         size = self._topology.data_size
         mine = list(prompts[self._topology.data_rank :: size])
@@ -157,11 +158,12 @@ class Generator:
 
     def _check_room(self, layout: Layout, prompts: int, *, limit: int) -> None:
         lengths = layout.segment_bounds_G[: prompts + 1].diff()
+        shortest, longest = int(lengths.min()), int(lengths.max())
         room = self._cfg.data.seq_length - limit
-        if int(lengths.min()) < 1 or int(lengths.max()) > room:
+        if shortest < 1 or longest > room:
             raise DataError(
-                f"prompts of {int(lengths.min())} to {int(lengths.max())} tokens, image slots included; with {limit} new tokens "
-                f"data.seq_length = {self._cfg.data.seq_length} has room for 1 to {room}",
+                f"prompts of {shortest} to {longest} tokens, image slots included: data.seq_length = "
+                f"{self._cfg.data.seq_length} with {limit} new tokens has room for 1 to {room}",
                 fix="shorten the prompt or generate fewer tokens",
             )
 

@@ -23,7 +23,9 @@ def wilson_interval(hits: int, total: int) -> tuple[float, float]:
         DataError: if ``hits`` successes out of ``total`` are impossible, or there was no trial.
     """
     if total < 1 or not 0 <= hits <= total:
-        raise DataError(f"{hits} hits of {total} questions", fix="count at least one question, and no more hits than that")
+        raise DataError(
+            f"{hits} hits of {total} questions", fix="count at least one question, and no more hits than that"
+        )
     share, z2 = hits / total, _Z95**2
     middle = (share + z2 / (2 * total)) / (1 + z2 / total)
     half = _Z95 * math.sqrt(share * (1 - share) / total + z2 / (4 * total**2)) / (1 + z2 / total)

@@ -6,8 +6,9 @@ import json
 import os
 import platform
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from PIL import Image, ImageDraw
 
 from mm15_megatron.errors import DataError
 
+LIBRARIES = ("torch", "megatron-core", "nvidia-dali-cuda130", "nvidia-dali-cuda120", "numpy", "pillow", "tokenizers")
 _PICTURE, _PADDING, _LINE = 112, 12, 14
 _WIDTH = 260
 _RIGHT, _WRONG, _INK = (20, 120, 40), (180, 30, 30), (30, 30, 30)
@@ -44,7 +46,9 @@ def write_report(path: str | Path, content: Mapping[str, Any]) -> None:
     try:
         text = json.dumps(content, indent=2, allow_nan=False)
     except (TypeError, ValueError) as error:
-        raise DataError(f"the report {target} cannot be written as JSON: {error}", fix="give it plain, finite values") from error
+        raise DataError(
+            f"the report {target} cannot be written as JSON: {error}", fix="give it plain, finite values"
+        ) from error
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}")
     temporary.write_text(text + "\n", encoding="utf-8")
@@ -98,12 +102,18 @@ def machine_facts() -> dict[str, str | int | float]:
     }
 
 
-def library_versions(names: Sequence[str] = ("torch", "megatron-core", "nvidia-dali-cuda130", "numpy", "tokenizers")) -> dict[str, str]:
-    """Versions of installed distributions."""
-    return {name: version(name) for name in names}
+def library_versions(names: Sequence[str] = LIBRARIES) -> dict[str, str]:
+    """Versions of those of the distributions that are installed."""
+    found = {}
+    for name in names:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def _processor_name() -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor())
+    return next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor()
+    )

@@ -17,7 +17,11 @@ from mm15_megatron.evaluation.report import Shown, library_versions, machine_fac
 def test_a_report_is_read_back_and_replaces_the_former_one(tmp_path: Path) -> None:
     path = tmp_path / "new" / "report.json"
     write_report(path, {"accuracy": 0.5})
-    content = {"accuracy": {"single": 0.925}, "machine": machine_facts(), "versions": library_versions(["torch", "numpy"])}
+    content = {
+        "accuracy": {"single": 0.925},
+        "machine": machine_facts(),
+        "versions": library_versions(["torch", "numpy"]),
+    }
     write_report(path, content)
     assert json.loads(path.read_text(encoding="utf-8")) == content
     assert [entry.name for entry in path.parent.iterdir()] == ["report.json"]

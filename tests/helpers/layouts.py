@@ -62,7 +62,9 @@ LAYOUTS: dict[str, Layout] = {
     "tp2dp2-dist-opt": _parallel(4, **TP2, use_distributed_optimizer=True),
     "tp2-encoder-tp": _parallel(2, **TP2, encoder_parallel="tensor"),
     "tp2sp-encoder-tp": _parallel(2, **TP2, sequence_parallel=True, encoder_parallel="tensor"),
-    "accumulation-4": Layout(1, {"train": {"micro_batch_size": 1}}),
+    # The reference accumulates four micro-batches of two rows.
+    "accumulation-1": Layout(1, {"train": {"micro_batch_size": 8}}),
+    "accumulation-8": Layout(1, {"train": {"micro_batch_size": 1}}),
     "recompute-full": Layout(1, {"kernels": {"recompute_granularity": "full", "recompute_vision": True}}),
     "recompute-selective": Layout(1, {"kernels": {"recompute_granularity": "selective"}}),
 }

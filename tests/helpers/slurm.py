@@ -148,10 +148,12 @@ def _end_jobs(environment: dict[str, str], *, seconds: float = 20) -> None:
     """Cancel what still runs, so that no job outlives the daemons that watch it."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
-        left = subprocess.run(["squeue", "-h", "-o", "%i"], env=environment, capture_output=True, text=True, check=False)
-        if not left.stdout.split():
+        queue = subprocess.run(
+            ["squeue", "-h", "-o", "%i"], env=environment, capture_output=True, text=True, check=False
+        ).stdout.split()
+        if not queue:
             return
-        subprocess.run(["scancel", *left.stdout.split()], env=environment, capture_output=True, check=False)
+        subprocess.run(["scancel", *queue], env=environment, capture_output=True, check=False)
         time.sleep(0.5)
 
 
