@@ -20,7 +20,7 @@ $(STAMP): requirements.txt setup.py
 	touch $@
 
 quickstart: venv
-	PATH="$(abspath $(VENV))/bin:$$PATH" bash examples/quickstart/run.sh
+	PYTHON="$(abspath $(VENV))/bin/python" bash examples/quickstart/run.sh
 
 test: venv
 	$(VENV)/bin/python -m pytest -m "not soak"

@@ -35,16 +35,16 @@ TURNS = 2  # questions a conversation asks about its picture, at most
 class Sizes:
     """How much is built: training pictures of each source, and held-out pictures of each kind but singles."""
 
-    captions: int = 16000
-    conversations: int = 60000
+    captions: int = 15000
+    conversations: int = 45000
     heldout: int = 360
 
 
 def pictures(scans: digits.Scans, count: int, rng: np.random.Generator) -> Iterator[digits.Picture]:
-    """Compose ``count`` training pictures; the kinds come in fixed shares, the scans at random."""
+    """Compose ``count`` distorted training pictures; the kinds come in fixed shares, the scans at random."""
     for kind in rng.choice(len(SHARES), size=count, p=SHARES).tolist():
         chosen = rng.integers(len(scans.digits), size=kind + 1).tolist()
-        yield digits.compose(scans, chosen, rng)
+        yield digits.compose(scans, chosen, rng, distort=True)
 
 
 def captions(scans: digits.Scans, count: int, rng: np.random.Generator) -> Iterator[tuple[bytes, str]]:
@@ -64,9 +64,8 @@ def conversations(scans: digits.Scans, count: int, rng: np.random.Generator) -> 
 
 def dialogue(question: digits.Question, *, first: bool) -> tuple[Turn, Turn]:
     """A question and its answer; the picture stands before the first question."""
-    return Turn("user", f"{IMAGE_TOKEN}\n{question.text}" if first else question.text), Turn(
-        "assistant", question.answer
-    )
+    asked = f"{IMAGE_TOKEN}\n{question.text}" if first else question.text
+    return Turn("user", asked), Turn("assistant", question.answer)
 
 
 def heldout(scans: digits.Scans, count: int) -> list[tuple[digits.Picture, digits.Question]]:
@@ -74,16 +73,16 @@ def heldout(scans: digits.Scans, count: int) -> list[tuple[digits.Picture, digit
     rng = np.random.default_rng(SEED + 1)
     asked: list[tuple[digits.Picture, digits.Question]] = []
     for scan in range(len(scans.digits)):
-        picture = digits.compose(scans, [scan], rng)
+        picture = digits.compose(scans, [scan], rng, distort=False)
         asked.append((picture, digits.questions(picture, rng)[0]))
     for size in (2, 3, 4):
         for _ in range(count):
-            picture = digits.compose(scans, rng.integers(len(scans.digits), size=size).tolist(), rng)
+            picture = digits.compose(scans, rng.integers(len(scans.digits), size=size).tolist(), rng, distort=False)
             asked.append((picture, digits.questions(picture, rng)[0]))
     for kind in (1, 2):
         for _ in range(count):
             size = int(rng.integers(2, 5))
-            picture = digits.compose(scans, rng.integers(len(scans.digits), size=size).tolist(), rng)
+            picture = digits.compose(scans, rng.integers(len(scans.digits), size=size).tolist(), rng, distort=False)
             asked.append((picture, digits.questions(picture, rng)[kind]))
     return asked
 

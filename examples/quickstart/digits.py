@@ -20,6 +20,7 @@ Pixels = npt.NDArray[np.uint8]
 HELD_OUT_SCANS = 360
 SIDE = 56  # pixels of a picture
 JITTER = 2  # pixels a digit may be off the middle of its place, each way
+TURN, STRETCH, SHEAR = 8.0, 0.08, 0.08  # distortion of training pictures, each way: degrees, share, share
 CELLS = ("top left", "top right", "bottom left", "bottom right")
 KINDS = ("single", "pair", "three", "four")  # by the number of digits shown
 
@@ -77,33 +78,40 @@ def split_scans() -> tuple[Scans, Scans]:
     return Scans(pixels[:cut], digits[:cut]), Scans(pixels[cut:], digits[cut:])
 
 
-def compose(scans: Scans, chosen: Sequence[int], rng: np.random.Generator) -> Picture:
+def compose(scans: Scans, chosen: Sequence[int], rng: np.random.Generator, *, distort: bool) -> Picture:
     """Draw one scan over the whole picture, or two to four in cells of a 2 x 2 grid whose other cells stay empty.
 
     Args:
         scans: what to draw from.
         chosen: the scans to draw, in reading order.
-        rng: decides cells and jitter.
+        rng: decides cells, jitter and distortion.
+        distort: turn, stretch and shear each scan a little: training pictures, so that few scans teach more.
     """
     canvas = np.zeros((SIDE, SIDE), np.uint8)
     shown = tuple(int(scans.digits[scan]) for scan in chosen)
     if len(chosen) == 1:
-        _draw(canvas, scans.pixels[chosen[0]], rng)
+        canvas[:] = _drawn(scans.pixels[chosen[0]], side=SIDE, rng=rng, distort=distort)
         return Picture(canvas, shown, (), tuple(chosen))
     cells = sorted(rng.choice(len(CELLS), size=len(chosen), replace=False).tolist())
     half = SIDE // 2
     for cell, scan in zip(cells, chosen, strict=True):
         top, left = cell // 2 * half, cell % 2 * half
-        _draw(canvas[top : top + half, left : left + half], scans.pixels[scan], rng)
+        canvas[top : top + half, left : left + half] = _drawn(scans.pixels[scan], side=half, rng=rng, distort=distort)
     return Picture(canvas, shown, tuple(cells), tuple(chosen))
 
 
-def _draw(square: Pixels, scan: Pixels, rng: np.random.Generator) -> None:
-    """Draw a scan near the middle of a square, enlarged by a whole factor: no smoothing, every pixel stays crisp."""
-    factor = (len(square) - 2 * JITTER) // len(scan)
-    side = factor * len(scan)
-    down, right = rng.integers(-JITTER, JITTER + 1, size=2) + (len(square) - side) // 2
-    square[down : down + side, right : right + side] = scan.repeat(factor, axis=0).repeat(factor, axis=1)
+def _drawn(scan: Pixels, *, side: int, rng: np.random.Generator, distort: bool) -> Pixels:
+    """Return a square with a scan near its middle, enlarged without smoothing; what leaves the square is cut off."""
+    enlarge = np.eye(2) * ((side - 2 * JITTER) // len(scan))
+    if distort:
+        turn, shear = np.radians(rng.uniform(-TURN, TURN)), rng.uniform(-SHEAR, SHEAR)
+        enlarge = enlarge @ np.diag(rng.uniform(1 - STRETCH, 1 + STRETCH, size=2)) @ [[1.0, shear], [0.0, 1.0]]
+        enlarge = np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]]) @ enlarge
+    back = np.linalg.inv(enlarge)  # where in the scan a pixel of the square comes from
+    shift = len(scan) / 2 - back @ (side / 2 + rng.integers(-JITTER, JITTER + 1, size=2))
+    affine = (back[0, 0], back[0, 1], shift[0], back[1, 0], back[1, 1], shift[1])
+    drawn = Image.fromarray(scan).transform((side, side), Image.Transform.AFFINE, affine, Image.Resampling.NEAREST)
+    return np.asarray(drawn)
 
 
 def questions(picture: Picture, rng: np.random.Generator) -> tuple[Question, ...]:

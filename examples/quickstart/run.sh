@@ -5,7 +5,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
 PYTHON=${PYTHON:-.venv/bin/python}
 RUN_DIR=${RUN_DIR:-runs/quickstart}
-KILL_AT=${KILL_AT:-150}
+KILL_AT=${KILL_AT:-300}
 export OMP_NUM_THREADS=1
 
 if [[ -e $RUN_DIR && ! -e $RUN_DIR/.quickstart ]]; then

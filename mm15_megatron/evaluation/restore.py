@@ -11,7 +11,7 @@ from mm15_megatron.checkpoint.store import Checkpoint, load_weights, open_latest
 from mm15_megatron.config.schema import ParallelConfig, RunConfig
 from mm15_megatron.errors import CheckpointError
 from mm15_megatron.models.build import build_model
-from mm15_megatron.models.mm_model import MM15Model, Stage
+from mm15_megatron.models.mm_model import MM15Model
 from mm15_megatron.parallel.rendezvous import Rendezvous
 from mm15_megatron.parallel.seeds import seed_everything
 from mm15_megatron.parallel.topology import Topology, build_topology, close_topology
@@ -57,13 +57,6 @@ def restore_model(
     stack.callback(close_topology)
     topology = build_topology(cfg.parallel, place=place)
     seed_everything(cfg.train.seed, topology=topology)
-    stage = Stage(
-        groups=topology.groups,
-        encoder_groups=topology.encoder_groups,
-        pre_process=topology.is_first_stage,
-        post_process=topology.is_last_stage,
-        shares_tiles=topology.encoder_shares_tiles,
-    )
-    model = build_model(cfg, stage=stage)
+    model = build_model(cfg, stage=topology)
     load_weights(checkpoint, cfg, [model])
     return Restored(cfg, checkpoint, topology, model.eval())

@@ -7,7 +7,7 @@ V: this rank's share of the vocabulary.
 from __future__ import annotations
 
 from contextlib import nullcontext
-from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from megatron.core.enums import ModelType
@@ -35,23 +35,27 @@ from mm15_megatron.models.transformer_config import language_transformer_config
 from mm15_megatron.models.vision_encoder import VisionEncoder
 
 
-@dataclass(frozen=True)
-class Stage:
-    """Where a model chunk stands in the pipeline.
+class Stage(Protocol):
+    """What a model chunk has to know about its place in the layout (``parallel.topology.Topology`` is one).
 
     Attributes:
         groups: megatron-core's process groups.
         encoder_groups: the groups the encoder is built on.
-        pre_process: the chunk embeds tokens and encodes images.
-        post_process: the chunk ends with the output layer.
-        shares_tiles: each tensor-parallel rank encodes a share of the tiles.
+        is_first_stage: the chunk embeds tokens and encodes images.
+        is_last_stage: the chunk ends with the output layer.
+        encoder_shares_tiles: each tensor-parallel rank encodes a share of the tiles.
     """
 
-    groups: ProcessGroupCollection
-    encoder_groups: ProcessGroupCollection
-    pre_process: bool
-    post_process: bool
-    shares_tiles: bool
+    @property
+    def groups(self) -> ProcessGroupCollection: ...  # noqa: D102
+    @property
+    def encoder_groups(self) -> ProcessGroupCollection: ...  # noqa: D102
+    @property
+    def is_first_stage(self) -> bool: ...  # noqa: D102
+    @property
+    def is_last_stage(self) -> bool: ...  # noqa: D102
+    @property
+    def encoder_shares_tiles(self) -> bool: ...  # noqa: D102
 
 
 class MM15Model(MegatronModule):
@@ -67,7 +71,7 @@ class MM15Model(MegatronModule):
         language = cfg.language
         self.model_type = ModelType.encoder_or_decoder
         self.stage = stage
-        self.pre_process, self.post_process = stage.pre_process, stage.post_process
+        self.pre_process, self.post_process = stage.is_first_stage, stage.is_last_stage
         self.share_embeddings_and_output_weights = language.share_embeddings_and_output_weights
         self.tensor_group = stage.groups.tp
         self.first_layer = get_transformer_layer_offset(config, None, stage.groups.pp.rank())
@@ -76,7 +80,7 @@ class MM15Model(MegatronModule):
         if self.pre_process:
             self.vision_encoder = VisionEncoder(cfg, backend=backend, groups=stage.encoder_groups)
             self.connector = build_connector(cfg)
-            if stage.shares_tiles:
+            if stage.encoder_shares_tiles:
                 clear_tensor_parallel_marks(self.vision_encoder)
         layer = dense_layer_spec(backend, mask=AttnMaskType.causal, qk_layernorm=language.qk_layernorm)
         num_layers = layers_of_stage(cfg, stage.groups.pp.rank())
@@ -124,7 +128,7 @@ class MM15Model(MegatronModule):
         with torch.no_grad() if self.encoder_is_frozen else nullcontext():
             features = self.vision_encoder(batch.tiles_N3HW)
         tokens_NPH = self.connector(features)
-        if self.stage.shares_tiles and self.tensor_group.size() > 1:
+        if self.stage.encoder_shares_tiles and self.tensor_group.size() > 1:
             tokens_NPH = gather_from_sequence_parallel_region(
                 tokens_NPH.contiguous(), tensor_parallel_output_grad=False, group=self.tensor_group
             )

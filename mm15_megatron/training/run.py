@@ -15,7 +15,6 @@ from mm15_megatron.checkpoint.store import Checkpoint, load_training, save_check
 from mm15_megatron.config.schema import RunConfig
 from mm15_megatron.data.loader import Loader, build_loader
 from mm15_megatron.models.build import build_model, synchronise_replicas
-from mm15_megatron.models.mm_model import Stage
 from mm15_megatron.parallel.rendezvous import Rendezvous
 from mm15_megatron.parallel.seeds import seed_everything
 from mm15_megatron.parallel.topology import Topology, build_topology, close_topology
@@ -155,14 +154,7 @@ def _fair_threads(place: Rendezvous) -> int:
 
 
 def _build_parts(cfg: RunConfig, topology: Topology) -> StepParts:
-    stage = Stage(
-        groups=topology.groups,
-        encoder_groups=topology.encoder_groups,
-        pre_process=topology.is_first_stage,
-        post_process=topology.is_last_stage,
-        shares_tiles=topology.encoder_shares_tiles,
-    )
-    model = build_model(cfg, stage=stage)
+    model = build_model(cfg, stage=topology)
     synchronise_replicas(model, group=topology.groups.tp)
     chunks: list[DistributedDataParallel] = wrap_chunks(cfg, [model])
     return StepParts(cfg=cfg, topology=topology, chunks=chunks, optimizer=build_optimizer(cfg, chunks))

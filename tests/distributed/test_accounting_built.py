@@ -16,7 +16,6 @@ from mm15_megatron.accounting import (
 from mm15_megatron.config.parse import apply_overrides
 from mm15_megatron.config.schema import RunConfig
 from mm15_megatron.models.build import build_model
-from mm15_megatron.models.mm_model import Stage
 from mm15_megatron.parallel.seeds import seed_everything
 from mm15_megatron.parallel.topology import build_topology, close_topology
 from mm15_megatron.presets import resolve
@@ -31,14 +30,7 @@ def build(cfg: RunConfig) -> tuple[int, dict[str, int]]:
     """Return this rank's pipeline stage and the parameters it holds, by top-level module."""
     topology = build_topology(cfg.parallel, place=rank_place())
     seed_everything(cfg.train.seed, topology=topology)
-    stage = Stage(
-        groups=topology.groups,
-        encoder_groups=topology.encoder_groups,
-        pre_process=topology.is_first_stage,
-        post_process=topology.is_last_stage,
-        shares_tiles=topology.encoder_shares_tiles,
-    )
-    model = build_model(cfg, stage=stage)
+    model = build_model(cfg, stage=topology)
     counts: dict[str, int] = {}
     for name, parameter in model.named_parameters():
         room = name.split(".")[0]

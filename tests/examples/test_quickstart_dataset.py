@@ -68,15 +68,24 @@ def test_training_files_follow_from_the_training_scans_alone(folder: Path, tmp_p
     assert [name for name in names if (folder / name).read_bytes() != (tmp_path / name).read_bytes()] == []
 
 
-def test_no_held_out_scan_is_in_a_training_picture() -> None:
+def test_held_out_pictures_show_held_out_scans_alone() -> None:
     train, held = digits.split_scans()
     training, unseen = ({scan.tobytes() for scan in scans.pixels} for scans in (train, held))
-    composed = pictures(train, 300, np.random.default_rng(SEED))
-    for group, mine, others in ((composed, training, unseen), ((p for p, _ in heldout(held, 20)), unseen, training)):
-        for picture in group:
-            drawn = _drawn_scans(picture)
-            assert sum(scan in mine for scan in drawn) >= len(picture.digits)
-            assert not others.intersection(drawn)
+    for picture, _ in heldout(held, 20):
+        drawn = _drawn_scans(picture)
+        assert sum(scan in unseen for scan in drawn) >= len(picture.digits)
+        assert not training.intersection(drawn)
+
+
+def test_training_pictures_are_distorted_and_stay_in_their_cells() -> None:
+    train, _ = digits.split_scans()
+    half = digits.SIDE // 2
+    for picture in pictures(train, 200, np.random.default_rng(SEED)):
+        plain = digits.compose(train, picture.scans, np.random.default_rng(0), distort=False)
+        assert not np.array_equal(picture.pixels, plain.pixels)
+        if picture.cells:
+            quarters = picture.pixels.reshape(2, half, 2, half).any(axis=(1, 3)).ravel()
+            assert tuple(np.flatnonzero(quarters)) == picture.cells
 
 
 def test_every_held_out_scan_is_asked_once_as_a_single() -> None:

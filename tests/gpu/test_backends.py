@@ -12,7 +12,7 @@ from mm15_megatron.config.schema import RunConfig
 from mm15_megatron.models.backend import transformer_engine_problem
 from mm15_megatron.models.build import build_model
 from mm15_megatron.models.global_parameters import global_parameters
-from mm15_megatron.models.mm_model import MM15Model, Stage
+from mm15_megatron.models.mm_model import MM15Model
 from mm15_megatron.parallel.topology import Topology
 from mm15_megatron.training.optimizer import build_optimizer, wrap_chunks
 from mm15_megatron.training.step import StepParts, train_step
@@ -36,7 +36,7 @@ def gpu_config(transformer_impl: str, dtype: str) -> RunConfig:
 
 def build(topology: Topology, cfg: RunConfig) -> MM15Model:
     """One rank's whole model."""
-    return build_model(cfg, stage=Stage(topology.groups, topology.encoder_groups, True, True, True))
+    return build_model(cfg, stage=topology)
 
 
 def mixed_batch(cfg: RunConfig) -> MMBatch:

@@ -17,7 +17,6 @@ from mm15_megatron.batch import MMBatch
 from mm15_megatron.config.schema import RunConfig
 from mm15_megatron.models.build import build_model
 from mm15_megatron.models.global_parameters import GlobalParameter, global_parameters
-from mm15_megatron.models.mm_model import Stage
 from mm15_megatron.parallel.batch_scatter import local_batch
 from mm15_megatron.parallel.seeds import seed_everything
 from mm15_megatron.parallel.topology import Topology, build_topology, close_topology
@@ -56,17 +55,11 @@ def build_parts(cfg: RunConfig) -> StepParts:
     torch.set_num_threads(1)
     topology = build_topology(cfg.parallel, place=rank_place())
     seed_everything(cfg.train.seed, topology=topology)
-    stage = Stage(
-        groups=topology.groups,
-        encoder_groups=topology.encoder_groups,
-        pre_process=topology.is_first_stage,
-        post_process=topology.is_last_stage,
-        shares_tiles=topology.encoder_shares_tiles,
-    )
-    chunks = wrap_chunks(cfg, [build_model(cfg, stage=stage)])
+    chunks = wrap_chunks(cfg, [build_model(cfg, stage=topology)])
     optimizer = build_optimizer(cfg, chunks)
-    for group in optimizer.param_groups:
+    for group in optimizer.param_groups:  # a constant schedule; the loop's own is tested with it
         group["lr"] = group["max_lr"]
+        group["weight_decay"] = cfg.optimizer.weight_decay * group["wd_mult"]
     return StepParts(cfg=cfg, topology=topology, chunks=chunks, optimizer=optimizer)
 
 

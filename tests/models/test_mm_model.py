@@ -14,7 +14,7 @@ from mm15_megatron.models.backend import resolve_backend, transformer_engine_pro
 from mm15_megatron.models.build import build_model
 from mm15_megatron.models.global_parameters import global_parameters
 from mm15_megatron.models.image_merge import merge_image_tokens
-from mm15_megatron.models.mm_model import MM15Model, Stage
+from mm15_megatron.models.mm_model import MM15Model
 from mm15_megatron.parallel.topology import Topology
 from tests.helpers.layouts import change, debug_config
 from tests.helpers.streams import Segment, batch_of_rows, row_of
@@ -37,8 +37,7 @@ def model(one_rank: Topology, cfg: RunConfig) -> MM15Model:
 
 def build(one_rank: Topology, cfg: RunConfig) -> MM15Model:
     """Build a model on the one-rank topology."""
-    stage = Stage(one_rank.groups, one_rank.encoder_groups, pre_process=True, post_process=True, shares_tiles=True)
-    return build_model(cfg, stage=stage).eval()
+    return build_model(cfg, stage=one_rank).eval()
 
 
 def logits(model: MM15Model, batch: MMBatch) -> torch.Tensor:
