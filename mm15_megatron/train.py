@@ -1,7 +1,7 @@
 """Train: ``python -m mm15_megatron.train --preset debug_dense --config run.yaml``, alone or under torchrun or srun.
 
 Exit codes: 0 the run is complete; 2 something in the input is wrong, and one message says what; 75 a signal (SIGTERM,
-SIGUSR1) stopped the run after a checkpoint, and the same command goes on from there. Anything else is a bug.
+SIGUSR1) stopped the run, its last step is saved, and the same command goes on from there. Anything else is a bug.
 """
 
 from __future__ import annotations
@@ -40,13 +40,14 @@ def _train(parsed: ParsedRun) -> int:
     from mm15_megatron.parallel.rendezvous import discover
     from mm15_megatron.training import loop
     from mm15_megatron.training.run import Run
+    from mm15_megatron.training.signals import StopRequest
 
     place = discover()
     logging.basicConfig(level=logging.WARNING, format=f"[rank {place.rank}] %(levelname)s %(name)s: %(message)s")
     validate(parsed.config, world_size=place.world_size)
-    with ExitStack() as stack:
+    with StopRequest() as request, ExitStack() as stack:
         run = Run.build(parsed.config, origins=parsed.origins, place=place, stack=stack)
-        return loop.run(run)
+        return loop.run(run, request=request)
 
 
 def _report(error: MM15Error) -> None:

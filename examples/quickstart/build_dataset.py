@@ -26,7 +26,7 @@ from mm15_megatron.data.sft import Conversation, Turn, build_conversations, rend
 from mm15_megatron.data.tokenizer import IMAGE_TOKEN, Tokenizer
 
 SEED = 20250
-SHARES = (0.35, 0.25, 0.2, 0.2)  # of the kinds of pictures: singles, pairs, threes, fours
+SHARES = (0.4, 0.25, 0.15, 0.2)  # of the kinds of pictures: singles, pairs, threes, fours
 VOCABULARY = 256  # tokens at most
 TURNS = 2  # questions a conversation asks about its picture, at most
 

@@ -20,7 +20,7 @@ Pixels = npt.NDArray[np.uint8]
 HELD_OUT_SCANS = 360
 SIDE = 56  # pixels of a picture
 JITTER = 2  # pixels a digit may be off the middle of its place, each way
-TURN, STRETCH, SHEAR = 8.0, 0.08, 0.08  # distortion of training pictures, each way: degrees, share, share
+TURN, STRETCH, SHEAR = 10.0, 0.1, 0.1  # distortion of training pictures, each way: degrees, share, share
 CELLS = ("top left", "top right", "bottom left", "bottom right")
 KINDS = ("single", "pair", "three", "four")  # by the number of digits shown
 

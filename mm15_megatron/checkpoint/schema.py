@@ -81,6 +81,9 @@ def state_to_save(
     chunks: Sequence[DistributedDataParallel], optimizer: MegatronOptimizer, *, topology: Topology
 ) -> StateToSave:
     """Describe what this rank writes; every rank must call (shards of the distributed optimizer are gathered)."""
+    for chunk in chunks:
+        if chunk.ddp_config.overlap_param_gather:
+            chunk.start_param_sync(force_sync=True)  # otherwise the next forward pass would fetch the last update
     mine = _written_here(list(global_parameters(unwrapped(chunks))), topology=topology)
     tensors = {}
     for item in mine.values():

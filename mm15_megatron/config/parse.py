@@ -19,7 +19,7 @@ _COMMANDS = {
     "config": "FILE: YAML sections of options, and optionally `preset: NAME`; may be repeated, later files win",
     "print-config": "print every option with its value and where it came from, then stop",
     "list-presets": "print the presets, then stop",
-    "help": "print this text, then stop",
+    "help": "or -h: print this text, then stop",
 }
 
 
@@ -154,6 +154,8 @@ def _read_arguments(argv: Sequence[str]) -> _CommandLine:
     waiting = list(argv)
     while waiting:
         argument = waiting.pop(0)
+        if argument == "-h":
+            argument = "--help"
         if not argument.startswith("-"):
             _read_override(argument, line)
             continue

@@ -129,7 +129,11 @@ class SourceConfig:
 class DataConfig:
     """What is read and how it becomes rows."""
 
-    sources: tuple[SourceConfig, ...] = option((), "the training mixture", flag="")
+    sources: tuple[SourceConfig, ...] = option(
+        (),
+        "the training mixture, a list of {prefix, weight, name}; --list-presets shows the weights of the papers",
+        flag="",
+    )
     validation_sources: tuple[SourceConfig, ...] = option((), "held-out mixture; empty = no validation", flag="")
     tokenizer: str = option("", "path of a tokenizer.json (tokenizers) or a .model (SentencePiece)")
     seq_length: int = option(4096, "tokens of a row (MM1: 4096)")
@@ -138,8 +142,16 @@ class DataConfig:
     mixture_unit: str = option(
         "row", "row: each row comes from one source (MM1); sample: sources mix inside a row", choices=("row", "sample")
     )
-    batch_unit: str = option("rows", "what global_batch_size counts", choices=("rows",))
-    shuffle: bool = option(True, "visit each epoch's documents in a keyed pseudo-random order")
+    batch_unit: str = option(
+        "rows",
+        "what global_batch_size counts: rows (MM1, MM1.5 pre-training), or samples packed into as many rows as they need",
+        choices=("rows", "samples"),
+    )
+    shuffle: str = option(
+        "full",
+        "order of an epoch's documents: full = keyed pseudo-random over all of them, none = as stored",
+        choices=("full", "none"),
+    )
     num_workers: int = option(
         1, "processes that decode images for each rank that reads them; 0 = in the training process"
     )
@@ -172,6 +184,11 @@ class TilingConfig:
         choices=("stretch", "fit"),
     )
     max_split_images: int = option(2, "samples with more images than this are never split (MM1.5: 2)")
+    indicator: str = option(
+        "none",
+        "how a tile says where it stands: none, index = its position as text, seps = separators (MM1.5: index)",
+        choices=("none", "index", "seps"),
+    )
 
 
 @dataclass(frozen=True)
@@ -200,6 +217,9 @@ class ParallelConfig:
     )
     use_distributed_optimizer: bool = option(False, "shard optimizer state over data-parallel ranks")
     overlap_grad_reduce: bool = option(False, "reduce gradients while the backward pass runs")
+    ddp_bucket_size: int | None = option(
+        None, "parameters of one gradient bucket when reduction overlaps; None = megatron-core's 40M or 1M per rank"
+    )
     overlap_param_gather: bool = option(False, "gather parameters while the forward pass runs (distributed optimizer)")
     grad_reduce_in_fp32: bool = option(True, "accumulate and reduce gradients in fp32")
     distributed_timeout_minutes: int = option(10, "a collective that waits longer ends the run")
@@ -240,7 +260,7 @@ class TrainConfig:
     seed: int = option(1234, "seeds the initial weights and the data order")
     run_dir: str = option("runs/default", "checkpoints, logs and reports of the run")
     validation_interval: int = option(0, "steps between validations; 0 = never")
-    validation_steps: int = option(10, "micro-batch groups of one validation")
+    validation_steps: int = option(10, "global batches of one validation")
     threads_per_rank: int = option(0, "CPU threads of one rank; 0 = cores of the machine divided by its ranks")
     loss_normalisation: str = option(
         "token",

@@ -331,16 +331,6 @@ def _device_and_kernels(config: RunConfig, world_size: int) -> None:
         )
 
 
-def _recompute(config: RunConfig, world_size: int) -> None:
-    kernels = config.kernels
-    if kernels.recompute_num_layers != 1 and kernels.recompute_granularity != "full":
-        raise ConfigError(
-            f"kernels.recompute_num_layers = {kernels.recompute_num_layers} has no effect with "
-            f"kernels.recompute_granularity = {kernels.recompute_granularity!r}",
-            fix="set kernels.recompute_granularity=full or leave the number at 1",
-        )
-
-
 def _sources(config: RunConfig, world_size: int) -> None:
     for path, sources in (("sources", config.data.sources), ("validation_sources", config.data.validation_sources)):
         for i, source in enumerate(sources):
@@ -358,8 +348,8 @@ def _sources(config: RunConfig, world_size: int) -> None:
 
 def _not_trained(path: str, value: Any, *, fix: str) -> ConfigError:
     return ConfigError(
-        f"{path} = {value!r} can be printed and counted, not trained: this version trains dense decoders with AdamW, "
-        "without interleaving or context parallelism",
+        f"{path} = {value!r} can be printed and counted, not trained: this version trains dense decoders with AdamW on "
+        "batches of rows, without interleaving, context parallelism or tile indicators",
         fix=fix,
     )
 
@@ -393,6 +383,37 @@ def _no_adafactor(config: RunConfig, world_size: int) -> None:
         raise _not_trained("optimizer.name", "adafactor", fix="set optimizer.name=adamw and its learning rate")
 
 
+def _no_tile_indicator(config: RunConfig, world_size: int) -> None:
+    if config.tiling.indicator != "none":
+        raise _not_trained("tiling.indicator", config.tiling.indicator, fix="set tiling.indicator=none")
+
+
+def _no_batch_of_samples(config: RunConfig, world_size: int) -> None:
+    if config.data.batch_unit != "rows":
+        raise _not_trained("data.batch_unit", config.data.batch_unit, fix="set data.batch_unit=rows")
+
+
+def _training_sources(config: RunConfig, world_size: int) -> None:
+    if not config.data.sources:
+        raise ConfigError(
+            "data.sources is empty: there is nothing to train on",
+            fix="name the indexed datasets in a file for --config: `data: {sources: [{prefix: PATH, weight: 1}]}`",
+        )
+
+
+def _tokenizer(config: RunConfig, world_size: int) -> None:
+    if not config.data.tokenizer:
+        raise ConfigError(
+            "data.tokenizer is empty",
+            fix="give data.tokenizer=PATH, the tokenizer.json or .model that the datasets were built with",
+        )
+
+
+def _run_directory(config: RunConfig, world_size: int) -> None:
+    if not config.train.run_dir.strip():
+        raise ConfigError(f"train.run_dir = {config.train.run_dir!r} names no directory", fix="give train.run_dir=PATH")
+
+
 Rule = Callable[[RunConfig, int], None]
 
 NOT_TRAINED_YET: tuple[Rule, ...] = (
@@ -401,8 +422,13 @@ NOT_TRAINED_YET: tuple[Rule, ...] = (
     _no_experts,
     _no_expert_parallel,
     _no_adafactor,
+    _no_tile_indicator,
+    _no_batch_of_samples,
 )
 """What presets may describe but this version does not train; a rule goes when its part of the trainer exists."""
+
+LEFT_TO_THE_USER: tuple[Rule, ...] = (_training_sources, _tokenizer, _run_directory)
+"""What no preset can know."""
 
 RULES: tuple[Rule, ...] = (
     _types_and_choices,
@@ -423,8 +449,8 @@ RULES: tuple[Rule, ...] = (
     _optimizer_overlap,
     _something_trains,
     _device_and_kernels,
-    _recompute,
     _sources,
     *NOT_TRAINED_YET,
+    *LEFT_TO_THE_USER,
 )
 """Every rule, cheapest and most general first."""

@@ -233,7 +233,7 @@ def build_loader(cfg: RunConfig, *, view: RankView, consumed_rows: int = 0, vali
         rules,
         seed=seed,
         unit=cfg.data.mixture_unit,
-        shuffle=cfg.data.shuffle,
+        shuffle=cfg.data.shuffle == "full",
     )
     plan = BatchPlan(
         global_batch_size=cfg.train.global_batch_size,

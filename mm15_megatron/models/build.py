@@ -6,8 +6,9 @@ import torch
 from torch.distributed import ProcessGroup
 
 from mm15_megatron.config.schema import RunConfig
-from mm15_megatron.errors import ConfigError
+from mm15_megatron.errors import BackendError, ConfigError
 from mm15_megatron.models.backend import resolve_backend
+from mm15_megatron.models.global_parameters import global_parameters
 from mm15_megatron.models.initialise import initialise
 from mm15_megatron.models.mm_model import MM15Model, Stage
 
@@ -30,26 +31,25 @@ def build_model(cfg: RunConfig, *, stage: Stage) -> MM15Model:
 
 
 @torch.no_grad()
-def synchronise_replicas(model: MM15Model, *, group: ProcessGroup) -> int:
-    """Make replicated parameters bitwise equal inside the tensor-parallel group.
+def check_replicas(model: MM15Model, *, group: ProcessGroup) -> None:
+    """Check that replicated parameters are bitwise equal inside the tensor-parallel group (every rank must call).
 
-    The initial weights are a function of the name, so nothing should differ; what does (a driver that draws
-    differently) is overwritten by the group's first rank and counted.
+    The initial weights are a function of the name, so they are; a driver that draws differently on one device would let
+    replicas drift apart for a whole run.
 
-    Returns:
-        The number of replicated parameters that had differed on any rank of the group.
+    Raises:
+        BackendError: names the parameters that differ.
     """
     if group.size() == 1:
-        return 0
-    source = torch.distributed.get_global_rank(group, 0)
-    differing = 0
-    for parameter in model.parameters():
-        if getattr(parameter, "tensor_model_parallel", False) is True:
-            continue
-        reference = parameter.detach().clone()
-        torch.distributed.broadcast(reference, src=source, group=group)
-        flag = torch.tensor([int(not torch.equal(reference, parameter))], device=parameter.device)
-        torch.distributed.all_reduce(flag, group=group)
-        differing += int(flag.item() > 0)
-        parameter.copy_(reference)
-    return differing
+        return
+    replicated = [item for item in global_parameters([model]) if item.split_dim is None]
+    mine = torch.stack([torch.hash_tensor(item.parameter.detach().float()) for item in replicated]).view(torch.int64)
+    others = [torch.empty_like(mine) for _ in range(group.size())]
+    torch.distributed.all_gather(others, mine, group=group)
+    differing = (torch.stack(others) != mine).any(dim=0).tolist()
+    names = [item.name for item, differs in zip(replicated, differing, strict=True) if differs]
+    if names:
+        raise BackendError(
+            f"{len(names)} replicated parameters differ between tensor-parallel ranks: {', '.join(names[:5])}",
+            fix="use devices and drivers of one kind inside a tensor-parallel group",
+        )

@@ -22,11 +22,9 @@ _EMBEDDINGS = ("class_token", "position_embedding")
 def initial_std(name: str, shape: tuple[int, ...], cfg: RunConfig) -> float | None:
     """Standard deviation of a parameter's initial values; None for constants (norms: 1, biases: 0).
 
-    Decoder: ``language.init_method_std``, divided by sqrt(2 L) for the layers that write to the residual stream.
-        Encoder and
-    connector: fan-in scaling (variance 1 / fan_in), embeddings 0.02; the encoder's residual outputs also divided by
-        sqrt(2 L).
-    Unpublished: our default.
+    The decoder draws with ``language.init_method_std``, divided by sqrt(2 L) for the layers that write to the residual
+    stream. Encoder and connector use fan-in scaling (variance 1 / fan_in), 0.02 for embeddings, and the encoder's
+    residual outputs are divided by sqrt(2 L) too. Unpublished: our default.
     """
     leaf = name.rsplit(".", 1)[-1]
     if leaf in _EMBEDDINGS:

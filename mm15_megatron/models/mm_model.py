@@ -150,8 +150,10 @@ class MM15Model(MegatronModule):
     def _embed(self, batch: MMBatch) -> torch.Tensor:
         if batch.tokens_T is None:
             raise DataError("a micro-batch without tokens reached the first stage", fix="keep tokens_T on stage 0")
+        # Images first: parameters are gathered ahead in the order in which modules were registered.
+        tokens_NPH = self.image_tokens(batch)
         text_T1H = self.language_model.embedding(input_ids=batch.tokens_T[None], position_ids=None)
-        merged_T1H = merge_image_tokens(text_T1H, self.image_tokens(batch), batch.slots_NP)
+        merged_T1H = merge_image_tokens(text_T1H, tokens_NPH, batch.slots_NP)
         if self.config.sequence_parallel:
             merged_T1H = scatter_to_sequence_parallel_region(merged_T1H, group=self.tensor_group)
         return merged_T1H

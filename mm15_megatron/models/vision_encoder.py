@@ -54,6 +54,43 @@ def interpolate_positions(
     return torch.cat((prefix, resized_1DHW.flatten(2)[0].T.to(table_GD.dtype)))
 
 
+class PatchEmbedding(nn.Module):
+    """A convolution whose stride is its kernel, as one matrix product.
+
+    A module of its own because megatron-core gathers parameters just before the module that holds them runs: a weight
+    read from outside its module would be the one before the last update.
+
+    Args:
+        width: D, width of the encoder.
+        patch: side of a patch, pixels.
+        dtype: of the weight [D, 3, patch, patch].
+        device: where it lives.
+    """
+
+    def __init__(self, width: int, patch: int, *, dtype: torch.dtype, device: torch.device | int) -> None:
+        super().__init__()
+        self.patch = patch
+        self.weight = nn.Parameter(torch.empty(width, 3, patch, patch, dtype=dtype, device=device))
+
+    def forward(self, tiles_N3HW: torch.Tensor) -> torch.Tensor:
+        """Embed the patches of every tile, row-major: [P, N, D] in the dtype of the weight.
+
+        Raises:
+            ConfigError: if the tiles are not square or not a whole number of patches.
+        """
+        tiles, channels, height, width = tiles_N3HW.shape
+        patch = self.patch
+        if height != width or height % patch:
+            raise ConfigError(
+                f"a tile of {height} x {width} pixels is not a square of {patch}-pixel patches",
+                fix=f"make vision.image_size a multiple of vision.patch_size ({patch})",
+            )
+        grid = height // patch
+        pixels = tiles_N3HW.to(self.weight.dtype)
+        pixels = pixels.reshape(tiles, channels, grid, patch, grid, patch).permute(2, 4, 0, 1, 3, 5)
+        return F.linear(pixels.reshape(grid * grid, tiles, -1), self.weight.flatten(1))
+
+
 class VisionEncoder(MegatronModule):
     """CLIP ViT: patches, class token and learned positions, a LayerNorm before the blocks, pre-norm blocks.
 
@@ -76,7 +113,7 @@ class VisionEncoder(MegatronModule):
         self.stored_grid = vision.stored_grid_size
         self.prefix_tokens = int(vision.class_token)
         placement = {"dtype": config.params_dtype, "device": torch.cuda.current_device()}
-        self.patch_embedding = nn.Conv2d(3, width, patch, stride=patch, bias=False, **placement)
+        self.patch_embedding = PatchEmbedding(width, patch, **placement)
         self.class_token = nn.Parameter(torch.zeros(width, **placement)) if vision.class_token else None
         self.position_embedding = nn.Parameter(
             torch.zeros(self.prefix_tokens + self.stored_grid**2, width, **placement)
@@ -103,7 +140,7 @@ class VisionEncoder(MegatronModule):
         Raises:
             ConfigError: if the tiles are not square or not a whole number of patches.
         """
-        x_SND = self._patches(tiles_N3HW)
+        x_SND = self.patch_embedding(tiles_N3HW)
         table_SD = interpolate_positions(
             self.position_embedding,
             source_grid=self.stored_grid,
@@ -115,17 +152,3 @@ class VisionEncoder(MegatronModule):
         x_SND = self.pre_layernorm(x_SND + table_SD[:, None])
         x_SND = self.blocks(x_SND, attention_mask=None)
         return x_SND[self.prefix_tokens :].transpose(0, 1)
-
-    def _patches(self, tiles_N3HW: torch.Tensor) -> torch.Tensor:
-        """Embed the patches, [P, N, D]: a convolution whose stride is its kernel is one matrix product."""
-        tiles, channels, height, width = tiles_N3HW.shape
-        patch = self.patch_size
-        if height != width or height % patch:
-            raise ConfigError(
-                f"a tile of {height} x {width} pixels is not a square of {patch}-pixel patches",
-                fix=f"make vision.image_size a multiple of vision.patch_size ({patch})",
-            )
-        grid = height // patch
-        pixels = tiles_N3HW.to(self.patch_embedding.weight.dtype)
-        pixels = pixels.reshape(tiles, channels, grid, patch, grid, patch).permute(2, 4, 0, 1, 3, 5)
-        return F.linear(pixels.reshape(grid * grid, tiles, -1), self.patch_embedding.weight.flatten(1))

@@ -52,11 +52,31 @@ def discover(environ: Mapping[str, str] | None = None) -> Rendezvous:
         ConfigError: if a launcher's variables are incomplete.
     """
     env = os.environ if environ is None else environ
-    if "LOCAL_RANK" in env or ("RANK" in env and "WORLD_SIZE" in env):
+    if any(env.get(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")):
         return _from_torchrun(env)
     if "SLURM_STEP_ID" in env and "SLURM_PROCID" in env and env.get("SLURM_STEP_ID") not in ("", "extern"):
         return _from_srun(env)
+    _refuse_mpi(env)
     return Rendezvous("single", 0, 1, 0, 1, "")
+
+
+def _refuse_mpi(env: Mapping[str, str]) -> None:
+    """Ranks started by mpiexec would each train alone, into one run directory."""
+    for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
+        if _whole(env, name, "1") > 1:
+            raise ConfigError(
+                f"{env[name]} processes were started by an MPI launcher ({name}), which is not read here",
+                fix="start the run with torchrun or srun",
+            )
+
+
+def _whole(env: Mapping[str, str], name: str, default: str | None = None) -> int:
+    """Read a variable that must be a whole number."""
+    text = env.get(name) or default or ""
+    try:
+        return int(text)
+    except ValueError as error:
+        raise ConfigError(f"{name} = {text!r} is not a whole number", fix="let the launcher set it") from error
 
 
 def _from_torchrun(env: Mapping[str, str]) -> Rendezvous:
@@ -68,10 +88,10 @@ def _from_torchrun(env: Mapping[str, str]) -> Rendezvous:
         )
     return Rendezvous(
         "torchrun",
-        int(env["RANK"]),
-        int(env["WORLD_SIZE"]),
-        int(env["LOCAL_RANK"]),
-        int(env.get("LOCAL_WORLD_SIZE", "1")),
+        _whole(env, "RANK"),
+        _whole(env, "WORLD_SIZE"),
+        _whole(env, "LOCAL_RANK"),
+        _whole(env, "LOCAL_WORLD_SIZE", "1"),
         f"tcp://{_bracketed(env['MASTER_ADDR'])}:{env['MASTER_PORT']}"
         if "TORCHELASTIC_RUN_ID" not in env
         else "env://",
@@ -79,7 +99,7 @@ def _from_torchrun(env: Mapping[str, str]) -> Rendezvous:
 
 
 def _from_srun(env: Mapping[str, str]) -> Rendezvous:
-    world = int(env.get("SLURM_STEP_NUM_TASKS") or env.get("SLURM_NTASKS") or "1")
+    world = _whole(env, "SLURM_STEP_NUM_TASKS", env.get("SLURM_NTASKS") or "1")
     nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST") or ""
     address = env.get("MASTER_ADDR") or (_first_host(nodes) if world > 1 else "127.0.0.1")
     job = env.get("SLURM_JOB_ID", "")
@@ -93,9 +113,9 @@ def _from_srun(env: Mapping[str, str]) -> Rendezvous:
     per_node = (env.get("SLURM_STEP_TASKS_PER_NODE") or env.get("SLURM_TASKS_PER_NODE") or "1").split("(")[0]
     return Rendezvous(
         "srun",
-        int(env["SLURM_PROCID"]),
+        _whole(env, "SLURM_PROCID"),
         world,
-        int(env.get("SLURM_LOCALID", "0")),
+        _whole(env, "SLURM_LOCALID", "0"),
         int(per_node.split(",")[0]),
         f"tcp://{_bracketed(address)}:{port}" if world > 1 else "",
     )

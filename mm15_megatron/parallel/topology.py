@@ -84,13 +84,14 @@ def prepare_device(device: str, *, local_rank: int) -> torch.device:
             f"parallel.device = cuda, but torch {torch.__version__} finds no usable CUDA device",
             fix="set parallel.device=cpu, or install a CUDA build of torch on a machine with a GPU",
         )
-    if local_rank >= torch.cuda.device_count():
+    visible = torch.cuda.device_count()
+    index = 0 if visible == 1 else local_rank  # a launcher may show each task its own device alone
+    if index >= visible:
         raise BackendError(
-            f"local rank {local_rank} has no GPU: this machine shows {torch.cuda.device_count()}",
-            fix="start at most one rank for each GPU",
+            f"local rank {local_rank} has no GPU: it sees {visible}", fix="start at most one rank for each GPU"
         )
-    torch.cuda.set_device(local_rank)
-    return torch.device("cuda", local_rank)
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
 
 
 def build_topology(parallel: ParallelConfig, *, place: Rendezvous) -> Topology:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from mm15_megatron.presets.preset import Preset, settings
 from mm15_megatron.presets.recipe import (
-    ADAFACTOR,
-    AT_672_PIXELS,
     C_ABSTRACTOR_144,
+    FINE_TUNING,
+    MM1_MIXTURE,
     PRETRAINING,
     VIT_H_378,
     VIT_L_336,
+    at_672_pixels,
     decoder,
     experts,
     peak_rate,
@@ -27,7 +28,7 @@ DECODER_7B_FOR_EXPERTS = decoder(
     kv_heads=8,
     head_dim=128,
     ffn=12800,
-    source="derived: the 6.4B decoder that becomes 47B with 32 experts in every fourth layer, as published",
+    source="derived: a 6.4B decoder that comes to 46.3B with 32 experts in every fourth layer (MM1: 47B)",
 )
 
 LR_1B = peak_rate(8.6e-5, "published: MM1 appendix (recollected), the law's value at 1.2B")
@@ -39,23 +40,27 @@ Z_LOSS_30B = settings("published: MM1 appendix (recollected), 30B alone", langua
 FINAL = (*VIT_H_378, *C_ABSTRACTOR_144, *PRETRAINING)
 ABLATION = (*VIT_L_336, *C_ABSTRACTOR_144, *PRETRAINING)
 
-MM1_3B = Preset("mm1_3b", "MM1-3B pre-training", (*FINAL, *DECODER_3B, *LR_3B))
-MM1_7B = Preset("mm1_7b", "MM1-7B pre-training", (*FINAL, *DECODER_7B, *LR_7B, *tensor_parallel(2)))
-MM1_30B = Preset("mm1_30b", "MM1-30B pre-training", (*FINAL, *DECODER_30B, *LR_30B, *Z_LOSS_30B, *tensor_parallel(8)))
+MM1_3B = Preset("mm1_3b", f"MM1-3B pre-training, {MM1_MIXTURE}", (*FINAL, *DECODER_3B, *LR_3B))
+MM1_7B = Preset("mm1_7b", f"MM1-7B pre-training, {MM1_MIXTURE}", (*FINAL, *DECODER_7B, *LR_7B, *tensor_parallel(2)))
+MM1_30B = Preset(
+    "mm1_30b",
+    f"MM1-30B pre-training, {MM1_MIXTURE}",
+    (*FINAL, *DECODER_30B, *LR_30B, *Z_LOSS_30B, *tensor_parallel(8)),
+)
 MM1_3B_MOE = Preset(
     "mm1_3b_moe",
-    "MM1-3B-MoE pre-training: 64 experts in every second layer, 64B parameters",
+    f"MM1-3B-MoE pre-training, 64 experts in every second layer, 64.6B parameters, {MM1_MIXTURE}",
     (*FINAL, *DECODER_3B, *LR_3B, *experts(64, period=2)),
 )
 MM1_7B_MOE = Preset(
     "mm1_7b_moe",
-    "MM1-7B-MoE pre-training: 32 experts in every fourth layer, 47B parameters",
+    f"MM1-7B-MoE pre-training, 32 experts in every fourth layer, 46.3B parameters (MM1: 47B), {MM1_MIXTURE}",
     (*FINAL, *DECODER_7B_FOR_EXPERTS, *LR_7B, *experts(32, period=4)),
 )
 
 SFT = (
-    *ADAFACTOR,
-    *AT_672_PIXELS,
+    *FINE_TUNING,
+    *at_672_pixels("MM1 section 5"),
     *settings(
         "published: MM1 section 5",
         optimizer={"name": "adafactor", "lr": 1e-5},
@@ -65,6 +70,7 @@ SFT = (
         tiling={"mode": "static", "overview": "before"},
     ),
     *settings("ours: MM1 only says that images are resized", tiling={"resize": "stretch"}),
+    *settings("ours: unpublished; a row holds two split images", tiling={"max_split_images": 2}),
 )
 
 MODELS = (MM1_3B, MM1_7B, MM1_30B, MM1_3B_MOE, MM1_7B_MOE)
@@ -74,7 +80,9 @@ STAGES = tuple(
 )
 
 ABLATION_BASE = Preset(
-    "mm1_ablation_base", "MM1's ablation model: 1.2B decoder, ViT-L/14 at 336 px", (*ABLATION, *DECODER_1B, *LR_1B)
+    "mm1_ablation_base",
+    "MM1's ablation model: 1.2B decoder, ViT-L/14 at 336 px; captions : interleaved : text 5:5:1",
+    (*ABLATION, *DECODER_1B, *LR_1B),
 )
 
 _LR_SEARCH = (

@@ -13,7 +13,7 @@ def _sparse(dense: Preset) -> Preset:
     return replace(
         dense,
         name=f"{dense.name}_moe",
-        description=dense.description.replace(" ", "-MoE ", 1) + ": 64 experts in every second layer",
+        description=dense.description.replace(" pre-training", "-MoE pre-training, 64 experts in every second layer"),
         settings=dense.settings + experts(64, period=2),
     )
 

@@ -5,6 +5,11 @@ from __future__ import annotations
 from mm15_megatron.presets.preset import Setting, settings
 
 DECODER_SHAPES = "derived: MM1 publishes parameter counts alone; shapes of AXLearn's public configs that meet them"
+FITS_80_GB = "ours: a layout that fits 80 GB devices"
+
+MM1_MIXTURE = "captions : interleaved : text 45:45:10"
+MM15_MIXTURE = "captions : interleaved : text 50:10:40"
+"""Mixtures of pre-training, drawn for each row (published: MM1 section 4, MM1.5 section 4)."""
 
 _BLOCK = (
     *settings(
@@ -50,17 +55,19 @@ def experts(count: int, *, period: int) -> tuple[Setting, ...]:
     return (
         *settings("published: MM1 section 4, MM1.5 section 4", moe=published | losses),
         *settings("ours: dropless", moe={"moe_expert_capacity_factor": None}),
-        *settings("ours: a layout that fits 80 GB devices", parallel={"expert_model_parallel_size": 8}),
+        *settings(FITS_80_GB, parallel={"expert_model_parallel_size": 16}),
     )
 
 
 def tensor_parallel(size: int) -> tuple[Setting, ...]:
     """Return the settings of a tensor-parallel layout with sequence parallelism."""
     layout = {"tensor_model_parallel_size": size, "sequence_parallel": True}
-    return settings("ours: a layout that fits 80 GB devices", parallel=layout)
+    return settings(FITS_80_GB, parallel=layout)
 
 
-def _encoder(layers: int, *, hidden: int, heads: int, image: int, published: str, shape: str) -> tuple[Setting, ...]:
+def _encoder(
+    layers: int, *, hidden: int, heads: int, image: int, published: str, shape: str, activation: str
+) -> tuple[Setting, ...]:
     dimensions = {
         "num_layers": layers,
         "hidden_size": hidden,
@@ -68,7 +75,8 @@ def _encoder(layers: int, *, hidden: int, heads: int, image: int, published: str
         "ffn_hidden_size": 4 * hidden,
     }
     return (
-        *settings(shape, vision=dimensions | {"activation": "quick_gelu", "class_token": True}),
+        *settings(shape, vision=dimensions | {"class_token": True}),
+        *settings(activation, vision={"activation": "quick_gelu"}),
         *settings(published, vision={"patch_size": 14, "image_size": image}),
         *settings("ours: unpublished", vision={"feature_layer": -1, "post_layernorm": False}),
     )
@@ -81,6 +89,7 @@ VIT_H_378 = _encoder(
     image=378,
     published="published: MM1 section 4, CLIP ViT-H/14 at 378 px",
     shape="derived: open_clip ViT-H-14-378-quickgelu, the public DFN-5B weights",
+    activation="derived: open_clip ViT-H-14-378-quickgelu, the public DFN-5B weights",
 )
 VIT_L_336 = _encoder(
     24,
@@ -89,6 +98,7 @@ VIT_L_336 = _encoder(
     image=336,
     published="published: MM1 section 3.1, CLIP ViT-L/14 at 336 px",
     shape="derived: open_clip ViT-L-14-336",
+    activation="ours: unpublished; as the ViT-H encoder",
 )
 
 C_ABSTRACTOR_144 = (
@@ -132,7 +142,13 @@ def peak_rate(value: float | None, source: str) -> tuple[Setting, ...]:
     return settings(source, optimizer={"lr": value})
 
 
-ADAFACTOR = (
+FINE_TUNING = (
+    *settings(
+        "derived: the published steps cover the data about once if the batch counts samples",
+        data={"batch_unit": "samples"},
+    ),
+    *settings("ours: MM1 gives it for the pre-training of the 30B model alone", language={"z_loss_coeff": 0.0}),
+    *settings("ours: unpublished for these stages", optimizer={"clip_grad": 1.0}, data={"max_images": 16}),
     *settings(
         "ours: unpublished; AXLearn's public AdaFactor configuration",
         optimizer={
@@ -150,7 +166,11 @@ ADAFACTOR = (
     ),
 )
 
-AT_672_PIXELS = (
-    *settings("published: MM1.5 section 4, position embeddings interpolated to 672 px", vision={"image_size": 672}),
-    *settings("derived: the table of the 378 px encoder is kept", vision={"position_grid_size": 27}),
-)
+
+def at_672_pixels(published: str) -> tuple[Setting, ...]:
+    """Return the settings of tiles of 672 px from an encoder of 378 px; ``published`` names the paper's section."""
+    return (
+        *settings(f"published: {published}, position embeddings interpolated to 672 px", vision={"image_size": 672}),
+        *settings("derived: the table of the 378 px encoder is kept", vision={"position_grid_size": 27}),
+        *settings(FITS_80_GB, kernels={"recompute_vision": True}),
+    )

@@ -24,6 +24,7 @@ def wrap_chunks(cfg: RunConfig, chunks: Sequence[MM15Model]) -> list[Distributed
         overlap_grad_reduce=parallel.overlap_grad_reduce,
         overlap_param_gather=parallel.overlap_param_gather,
         use_distributed_optimizer=parallel.use_distributed_optimizer,
+        bucket_size=parallel.ddp_bucket_size,
         check_for_nan_in_grad=False,  # a non-finite norm skips the step instead of ending the run
     )
     wrapped = [

@@ -1,4 +1,4 @@
-"""Everything a run needs, built in one order: topology, seeds, model, optimizer, resume decision, data, writers."""
+"""Everything a run needs, built in one order: topology, seeds, resume decision, data, model, optimizer, writers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mm15_megatron.batch import MMBatch, RowRecord
 from mm15_megatron.checkpoint.store import Checkpoint, load_training, save_checkpoint
 from mm15_megatron.config.schema import RunConfig
 from mm15_megatron.data.loader import Loader, build_loader
-from mm15_megatron.models.build import build_model, synchronise_replicas
+from mm15_megatron.models.build import build_model, check_replicas
 from mm15_megatron.parallel.rendezvous import Rendezvous
 from mm15_megatron.parallel.seeds import seed_everything
 from mm15_megatron.parallel.topology import Topology, build_topology, close_topology
@@ -77,6 +77,8 @@ class Run:
     def build(cls, cfg: RunConfig, *, origins: Mapping[str, str], place: Rendezvous, stack: ExitStack) -> Run:
         """Build everything, in the order that lets each part fail before the next one costs time.
 
+        Data that are missing or are not the checkpoint's are found before a weight exists or a tensor is read.
+
         Args:
             cfg: a validated configuration.
             origins: where each option came from.
@@ -91,15 +93,14 @@ class Run:
         topology = build_topology(cfg.parallel, place=place)
         seed_everything(cfg.train.seed, topology=topology)
         checkpoint = on_rank_zero(lambda: choose_checkpoint(cfg))
-        parts = _build_parts(cfg, topology)
-        state = TrainState()
-        if checkpoint is not None:
-            state = TrainState.from_dict(checkpoint.progress)
-            load_training(checkpoint, cfg, parts.chunks, parts.optimizer)
+        state = TrainState() if checkpoint is None else TrainState.from_dict(checkpoint.progress)
         loader = build_loader(cfg, view=topology.view, consumed_rows=state.consumed_rows)
         stack.callback(loader.close)
         if checkpoint is not None:
             check_same_data(checkpoint, cfg, digest=loader.digest)
+        parts = _build_parts(cfg, topology)
+        if checkpoint is not None:
+            load_training(checkpoint, cfg, parts.chunks, parts.optimizer)
         return cls._open_outputs(cfg, parts, Feed(loader), state, checkpoint, origins, stack)
 
     @classmethod
@@ -155,6 +156,6 @@ def _fair_threads(place: Rendezvous) -> int:
 
 def _build_parts(cfg: RunConfig, topology: Topology) -> StepParts:
     model = build_model(cfg, stage=topology)
-    synchronise_replicas(model, group=topology.groups.tp)
+    check_replicas(model, group=topology.groups.tp)
     chunks: list[DistributedDataParallel] = wrap_chunks(cfg, [model])
     return StepParts(cfg=cfg, topology=topology, chunks=chunks, optimizer=build_optimizer(cfg, chunks))

@@ -1,4 +1,4 @@
-"""The learning-rate schedule: pure functions of the number of the update."""
+"""The learning-rate schedule: pure functions of the number of the step, skipped steps included."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ def learning_rate_factor(step: int, cfg: RunConfig) -> float:
     """Return the share of the peak learning rate: linear warm-up from 0, then cosine to the floor, or constant.
 
     Args:
-        step: number of the update, counted from 1 (MM1: 0 before the first update, 1 at update 2000, 0.1 at 200000).
+        step: number of the step, counted from 1. A step that updated nothing counts too, so the schedule follows the
+            rows consumed, not the updates applied (MM1: 0 before the first step, 1 at step 2000, 0.1 at 200000).
         cfg: reads ``schedule`` and ``train.steps``.
 
     Source: MM1 section 3.4 and appendix; the cosine's exact form is AXLearn's.
@@ -29,7 +30,7 @@ def learning_rate_factor(step: int, cfg: RunConfig) -> float:
 
 
 def apply_schedule(optimizer: MegatronOptimizer, cfg: RunConfig, *, step: int) -> float:
-    """Set every parameter group's learning rate and weight decay for update ``step`` (counted from 1).
+    """Set every parameter group's learning rate and weight decay for step ``step`` (counted from 1, skipped ones included).
 
     megatron-core leaves both to the scheduler: a group only carries its peak (``max_lr``) and its decay multiplier
     (``wd_mult``).

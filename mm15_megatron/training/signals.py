@@ -1,4 +1,4 @@
-"""SIGTERM and SIGUSR1: finish the step, save, and leave with a code that a scheduler can tell from a failure."""
+"""SIGTERM and SIGUSR1: finish what runs, save, and leave with a code that a scheduler can tell from a failure."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ _SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class StopRequest:
-    """Remembers a signal until the next step boundary; a context manager that restores the former handlers."""
+    """Remembers a signal until the loop asks; a context manager that restores the former handlers.
+
+    It is entered before the run is built: a signal in the meantime must not end the process half-way.
+    """
 
     def __init__(self) -> None:
         self.received: int = 0

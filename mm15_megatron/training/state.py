@@ -38,12 +38,12 @@ class TrainState:
     """Counters of a run since its start, over all ranks.
 
     Attributes:
-        step: optimizer steps taken, skipped ones included.
+        step: optimizer steps taken, skipped ones included; what the learning-rate schedule counts.
         consumed_rows: rows of the training order that were used; the one number from which the data resumes.
         text_tokens: as in :class:`Counts`.
         image_slots: as in :class:`Counts`.
         substituted: as in :class:`Counts`.
-        skipped_steps: steps whose gradients were not finite and that updated nothing.
+        skipped_steps: steps that updated nothing: loss or gradients were not finite, or no row had a target.
     """
 
     step: int = 0

@@ -63,11 +63,11 @@ class StepOutput:
     """What a step did.
 
     Attributes:
-        loss: mean cross-entropy over the real targets of the global batch.
+        loss: mean cross-entropy over the real targets of the global batch; NaN when it has none.
         z_loss: mean of logsumexp ** 2, before its coefficient.
         targets: sum of target weights.
         grad_norm: global gradient norm before clipping.
-        applied: False when the gradients were not finite and nothing was updated.
+        applied: False when nothing was updated: loss or gradients were not finite, or there was no target.
     """
 
     loss: float
@@ -90,6 +90,9 @@ class _Sums:
 def train_step(parts: StepParts, batches: Iterator[MMBatch], *, num_microbatches: int) -> StepOutput:
     """Run forward, backward and the optimizer on one global batch.
 
+    A batch without any target updates nothing: its gradients are zero, but momentum and weight decay would still move
+    the parameters.
+
     Args:
         parts: model, optimizer and groups.
         batches: this rank's micro-batches; ``num_microbatches`` of them are taken.
@@ -101,7 +104,7 @@ def train_step(parts: StepParts, batches: Iterator[MMBatch], *, num_microbatches
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
     sums = accumulate_gradients(parts, batches, num_microbatches=num_microbatches)
-    grad_norm, applied = apply_gradients(optimizer, loss_is_finite=math.isfinite(sums.cross_entropy))
+    grad_norm, applied = apply_gradients(optimizer, loss_is_finite=math.isfinite(sums.loss))
     z_loss = sums.squared_lse / sums.weight if sums.weight else math.nan
     return StepOutput(sums.loss, z_loss, sums.weight, grad_norm, applied=applied)
 

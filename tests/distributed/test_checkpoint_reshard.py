@@ -23,7 +23,11 @@ BEFORE, AFTER = 3, 5
 TITLE = "resume across layouts (next five losses and gradient norms against the straight run of one rank)"
 
 ONE = Layout(1, {})
-MATRIX = {"one": ONE, **{name: LAYOUTS[name] for name in ("tp2", "tp2sp", "pp2", "dp2", "dp2-dist-opt", "tp2pp2")}}
+OVERLAP = "dp2-overlap-many-buckets"
+MATRIX = {
+    "one": ONE,
+    **{name: LAYOUTS[name] for name in ("tp2", "tp2sp", "pp2", "dp2", "dp2-dist-opt", OVERLAP, "tp2pp2")},
+}
 
 Figures = list[tuple[float, float]]
 
@@ -104,12 +108,12 @@ def test_resume_in_layout(
     """Every layout's checkpoint continues here; bitwise when this layout saved it."""
     run_dirs, straight = saved
     layout = MATRIX[into]
-    # its own checkpoint last: six foreign ones were loaded into the same process before it
+    # its own checkpoint last: seven foreign ones were loaded into the same process before it
     order = {name: run_dirs[name] for name in [*(n for n in MATRIX if n != into), into]}
     found = run_on_ranks(_resume, layout.world_size, cfg=_in(Path(run_dirs[into]), layout), run_dirs=order)[0]
     distances = {name: _distance(found[name], straight["one"]) for name in MATRIX}
-    lines = table.setdefault(TITLE, [f"{'loaded in':14}" + "".join(f"{'from ' + name:>19}" for name in MATRIX)])
-    lines.append(f"{into:14}" + "".join(f"{distances[name]:19.1e}" for name in MATRIX))
+    lines = table.setdefault(TITLE, [f"{'loaded in':14}" + "".join(f"{'from ' + name[:12]:>19}" for name in MATRIX)])
+    lines.append(f"{into[:12]:14}" + "".join(f"{distances[name]:19.1e}" for name in MATRIX))
     assert found[into] == straight[into], "resuming in the same layout is not bitwise the straight run"
     assert max(distances.values()) <= FP32_SCALAR, distances
 
@@ -148,7 +152,7 @@ def _evaluate_weights(cfg: RunConfig, run_dir: str) -> float:
 def test_weights_alone(saved: tuple[dict[str, str], dict[str, Figures]]) -> None:
     """Evaluation reads the parameters of a checkpoint without its optimizer, in another layout."""
     run_dirs, straight = saved
-    for source, layout in (("dp2-dist-opt", MATRIX["tp2pp2"]), ("tp2pp2", ONE)):
+    for source, layout in (("dp2-dist-opt", MATRIX["tp2pp2"]), ("tp2pp2", ONE), (OVERLAP, ONE)):
         cfg = _in(Path(run_dirs[source]), layout)
         loss = run_on_ranks(_evaluate_weights, layout.world_size, cfg=cfg, run_dir=run_dirs[source])[0]
         assert abs(loss - straight["one"][0][0]) <= FP32_SCALAR

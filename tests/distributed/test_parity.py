@@ -7,12 +7,15 @@ import functools
 import pytest
 
 from mm15_megatron.models import mm_model
+from mm15_megatron.models.build import build_model, check_replicas
 from mm15_megatron.models.rope import rotary_table
 from mm15_megatron.parallel import reduce
+from mm15_megatron.parallel.seeds import seed_everything
+from mm15_megatron.parallel.topology import build_topology
 
 from ..helpers.layouts import LAYOUTS, change, debug_config
 from ..helpers.parity import FP32_SCALAR, Trace, compare, trace, trace_on_rank
-from ..helpers.ranks import run_on_ranks
+from ..helpers.ranks import RankFailure, rank_place, run_on_ranks
 
 # Losses and norms of a bf16 model: 8 bits of mantissa, averaged over a thousand tokens.
 BF16_SCALAR = 2e-3
@@ -27,11 +30,16 @@ VARIANTS = {
     },
     "encoder-frozen": {"freeze": {"vision": True}},
     "language-frozen": {"freeze": {"language": True}},
+    "four-kv-heads": {"language": {"num_query_groups": 4}},
     "average-pool": {"connector": {"kind": "average_pool"}, "vision": {"post_layernorm": True, "class_token": False}},
 }
-COMBINATIONS = [("dense", layout) for layout in LAYOUTS] + [
-    (variant, layout) for variant in VARIANTS if variant != "dense" for layout in ("tp2sp", "tp2pp2", "dp2-dist-opt")
+COMBINATIONS = [("dense", layout) for layout in LAYOUTS if layout != "tp4sp"] + [
+    (variant, layout)
+    for variant in VARIANTS
+    if variant not in ("dense", "four-kv-heads")
+    for layout in ("tp2sp", "tp2pp2", "dp2-overlap-many-buckets")
 ]
+COMBINATIONS += [("four-kv-heads", "tp4sp"), ("tied-qknorm", "pp2dp2-dist-opt-grad-overlap")]
 
 
 @functools.cache
@@ -98,6 +106,22 @@ def _wrong_positions(cfg, steps):  # type: ignore[no-untyped-def]
 def _count_encoder_twice(cfg, steps):  # type: ignore[no-untyped-def]
     mm_model.clear_tensor_parallel_marks = lambda module: None
     return trace_on_rank(cfg, steps)
+
+
+def _perturb_a_replica(cfg):  # type: ignore[no-untyped-def]
+    topology = build_topology(cfg.parallel, place=rank_place())
+    seed_everything(cfg.train.seed, topology=topology)
+    model = build_model(cfg, stage=topology)
+    if topology.tensor_rank == 1:
+        model.connector.position_embedding.data[0, 0] += 1e-6
+    check_replicas(model, group=topology.groups.tp)
+
+
+def test_replicas_that_differ_are_named() -> None:
+    """A replicated parameter that differs in one bit on one tensor-parallel rank ends the run before it starts."""
+    cfg = change(debug_config(), parallel={"tensor_model_parallel_size": 2})
+    with pytest.raises(RankFailure, match=r"1 replicated parameters differ.*connector\.position_embedding"):
+        run_on_ranks(_perturb_a_replica, 2, cfg=cfg)
 
 
 @pytest.mark.parametrize(

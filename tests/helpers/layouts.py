@@ -57,6 +57,30 @@ LAYOUTS: dict[str, Layout] = {
     "dp2-dist-opt-overlap": _parallel(
         2, use_distributed_optimizer=True, overlap_grad_reduce=True, overlap_param_gather=True
     ),
+    "dp2-overlap-many-buckets": _parallel(
+        2, use_distributed_optimizer=True, overlap_grad_reduce=True, overlap_param_gather=True, ddp_bucket_size=20_000
+    ),
+    "tp2sp-dp2-overlap-many-buckets": _parallel(
+        4,
+        **TP2,
+        sequence_parallel=True,
+        use_distributed_optimizer=True,
+        overlap_grad_reduce=True,
+        overlap_param_gather=True,
+        ddp_bucket_size=20_000,
+    ),
+    "pp2dp2-dist-opt-grad-overlap": _parallel(
+        4, **PP2, use_distributed_optimizer=True, overlap_grad_reduce=True, ddp_bucket_size=20_000
+    ),
+    "pp3-uneven": _parallel(3, pipeline_model_parallel_size=3, num_layers_in_first_pipeline_stage=2),
+    "pp4": _parallel(4, pipeline_model_parallel_size=4),
+    "tp4sp": Layout(
+        4,
+        {
+            "parallel": {"tensor_model_parallel_size": 4, "sequence_parallel": True},
+            "language": {"num_query_groups": 4},
+        },
+    ),
     "tp2pp2": _parallel(4, **TP2, **PP2),
     "tp2sp-pp2": _parallel(4, **TP2, **PP2, sequence_parallel=True),
     "tp2dp2-dist-opt": _parallel(4, **TP2, use_distributed_optimizer=True),

@@ -15,7 +15,7 @@ from megatron.core.distributed import DistributedDataParallel
 
 from mm15_megatron.batch import MMBatch
 from mm15_megatron.config.schema import RunConfig
-from mm15_megatron.models.build import build_model
+from mm15_megatron.models.build import build_model, check_replicas
 from mm15_megatron.models.global_parameters import GlobalParameter, global_parameters
 from mm15_megatron.parallel.batch_scatter import local_batch
 from mm15_megatron.parallel.seeds import seed_everything
@@ -55,7 +55,9 @@ def build_parts(cfg: RunConfig) -> StepParts:
     torch.set_num_threads(1)
     topology = build_topology(cfg.parallel, place=rank_place())
     seed_everything(cfg.train.seed, topology=topology)
-    chunks = wrap_chunks(cfg, [build_model(cfg, stage=topology)])
+    model = build_model(cfg, stage=topology)
+    check_replicas(model, group=topology.groups.tp)
+    chunks = wrap_chunks(cfg, [model])
     optimizer = build_optimizer(cfg, chunks)
     for group in optimizer.param_groups:  # a constant schedule; the loop's own is tested with it
         group["lr"] = group["max_lr"]

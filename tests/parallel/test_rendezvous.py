@@ -53,6 +53,28 @@ def test_incomplete_variables_are_refused() -> None:
         discover(lost)
 
 
+@pytest.mark.parametrize("half", [{"WORLD_SIZE": "8", "MASTER_ADDR": "x"}, {"RANK": "3"}, {"LOCAL_RANK": "0"}])
+def test_a_half_set_launcher_is_not_a_single_process(half: dict[str, str]) -> None:
+    """One variable of torchrun's is enough to expect the others."""
+    with pytest.raises(ConfigError, match="but not"):
+        discover(half)
+
+
+def test_values_that_are_not_numbers_are_refused() -> None:
+    """The variable and its value are in the message."""
+    with pytest.raises(ConfigError, match="RANK = 'a'"):
+        discover({**TORCHRUN, "RANK": "a"})
+    with pytest.raises(ConfigError, match="SLURM_LOCALID = '-'"):
+        discover({**SRUN, "SLURM_LOCALID": "-"})
+
+
+def test_mpiexec_is_refused() -> None:
+    """Its ranks would all be rank 0 of a job of their own."""
+    with pytest.raises(ConfigError, match="4 processes"):
+        discover({"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "1"})
+    assert discover({"PMI_SIZE": "1"}).launcher == "single"
+
+
 def test_compressed_node_list_without_scontrol_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """scontrol expands alpha[01-04]; where it is absent the fix is named."""
     monkeypatch.setenv("PATH", "")

@@ -17,6 +17,7 @@ from mm15_megatron.config.validate import validate
 from mm15_megatron.presets import REGISTRY
 from mm15_megatron.training import loop
 from mm15_megatron.training.run import Run
+from mm15_megatron.training.signals import StopRequest
 
 from ..helpers.ranks import rank_place, run_on_ranks
 
@@ -34,7 +35,8 @@ class _Trap(io.StringIO):
         return super().write(text)
 
 
-def _run_on_rank(argv: list[str], trap: tuple[str, signal.Signals, int] | None) -> tuple[int, str]:
+def run_on_rank(argv: list[str], trap: tuple[str, signal.Signals, int] | None = None) -> tuple[int, str]:
+    """Run a command line on this rank."""
     place = rank_place()
     pids: list[int] = [0] * place.world_size
     torch.distributed.all_gather_object(pids, os.getpid())
@@ -43,9 +45,9 @@ def _run_on_rank(argv: list[str], trap: tuple[str, signal.Signals, int] | None) 
     os.register_at_fork(before=lambda: log.write("this process forks\n"))
     parsed = parse_run(argv, presets=REGISTRY)
     validate(parsed.config, world_size=place.world_size)
-    with ExitStack() as stack:
+    with StopRequest() as request, ExitStack() as stack:
         run = Run.build(parsed.config, origins=parsed.origins, place=place, stack=stack)
-        return loop.run(run), log.getvalue()
+        return loop.run(run, request=request), log.getvalue()
 
 
 def run_arguments(
@@ -61,7 +63,7 @@ def run_arguments(
     Returns:
         The exit code of the loop, equal on all ranks, and what rank 0 wrote.
     """
-    results = run_on_ranks(_run_on_rank, world_size, argv=argv, trap=trap)
+    results = run_on_ranks(run_on_rank, world_size, argv=argv, trap=trap)
     assert len({code for code, _ in results}) == 1
     return results[0]
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,8 +18,8 @@ from mm15_megatron.checkpoint.publish import checkpoints_folder, published
 from mm15_megatron.train import EXIT_BAD_INPUT
 from mm15_megatron.training.signals import EXIT_INTERRUPTED
 
-from ..helpers.ranks import RankFailure
-from .runs import records, run_arguments
+from ..helpers.ranks import RankFailure, run_on_ranks
+from .runs import records, run_arguments, run_on_rank
 
 Arguments = Callable[..., list[str]]
 
@@ -64,6 +66,46 @@ def test_signal_to_one_rank_stops_all(number: signal.Signals, rank: int, argumen
     assert records(tmp_path / "run")[-1]["step"] == int(stopped[1])
 
 
+def test_signal_in_a_validation_is_honoured_after_it(arguments: Arguments, tmp_path: Path) -> None:
+    """No step is begun any more, and the step that was due to be saved anyway is saved once."""
+    argv = arguments("train.steps=9", "train.validation_interval=2", "train.validation_steps=1")
+    trap = ("step 2 held-out loss", signal.SIGTERM, 0)
+    code, log = run_arguments([*argv, "checkpoint.save_interval=2"], trap=trap)
+    assert code == EXIT_INTERRUPTED
+    assert "stopped by SIGTERM after step 2;" in log
+    assert log.count("saved ") == 1
+    assert [record["step"] for record in records(tmp_path / "run")] == [1, 2]
+
+
+@pytest.mark.parametrize("before", [0, 2])
+def test_signal_while_building_saves_nothing(before: int, arguments: Arguments, tmp_path: Path) -> None:
+    """The rank that is told to stop while it builds takes the others along; no step, no new checkpoint."""
+    if before:
+        run_arguments(arguments(f"train.steps={before}"))
+    code, log = run_arguments(arguments("train.steps=9"), world_size=2, trap=("run\n", signal.SIGUSR1, 1))
+    assert code == EXIT_INTERRUPTED
+    assert f"stopped by SIGUSR1 after step {before};" in log
+    assert "saved " not in log
+    assert len(published(checkpoints_folder(tmp_path / "run"))) == (1 if before else 0)
+    assert len(records(tmp_path / "run")) == before
+
+
+def test_signal_before_the_data_are_read(arguments: Arguments, data_arguments: list[str], tmp_path: Path) -> None:
+    """The command line is stopped while it waits for its tokenizer: it finishes building and leaves with code 75."""
+    tokenizer = Path(data_arguments[0].removeprefix("data.tokenizer="))
+    pipe = tmp_path / "tokenizer.json"
+    os.mkfifo(pipe)
+    argv = [sys.executable, "-m", "mm15_megatron.train", *arguments(f"data.tokenizer={pipe}")]
+    process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=_environment())
+    with pipe.open("wb") as stream:  # opens when the run does
+        process.send_signal(signal.SIGTERM)
+        stream.write(tokenizer.read_bytes())
+    output, errors = process.communicate(timeout=240)
+    assert process.returncode == EXIT_INTERRUPTED, errors
+    assert "stopped by SIGTERM after step 0;" in output
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
 def test_figures_and_validation(arguments: Arguments, tmp_path: Path) -> None:
     """Every step has one record with throughput, utilisation and held-out loss, whatever layout goes on."""
     parallel = ["parallel.tensor_model_parallel_size=2", "logging.peak_tflops=0.5"]
@@ -73,6 +115,8 @@ def test_figures_and_validation(arguments: Arguments, tmp_path: Path) -> None:
     assert "tensor 2 x pipeline 1 x data 1" in log
     assert "fresh start: no checkpoint was ever published here" in log
     assert [("validation/loss" in record) for record in records(tmp_path / "run")] == [False, True, False, True]
+    assert [("validation/seconds" in record) for record in records(tmp_path / "run")] == [False, True, False, True]
+    assert re.search(r"step 4 held-out loss \d\.\d{4} \(\d+\.\d s\)", log)
     last = records(tmp_path / "run")[-1]
     assert last["speed/model_tflops_per_rank"] == pytest.approx(last["speed/model_tflop"] / last["speed/seconds"] / 2)
     assert last["speed/utilisation"] == pytest.approx(last["speed/model_tflops_per_rank"] / 0.5)
@@ -96,21 +140,6 @@ def test_batch_size_ramp_is_taken_and_resumed(arguments: Arguments, tmp_path: Pa
     assert [record["data/consumed_rows"] for record in seen] == [4, 8, 14, 20, 28, 36]
 
 
-def test_steps_that_are_not_finite_are_counted(arguments: Arguments, tmp_path: Path) -> None:
-    """A run that blew up updates nothing, says so at every step, and its counters survive a resume."""
-    argv = arguments(
-        "optimizer.lr=1e30", "schedule.warmup_steps=0", "schedule.decay_steps=6", "optimizer.weight_decay=0"
-    )
-    code, log = run_arguments([*argv, "train.steps=3"])
-    assert code == 0
-    assert "step 3 updated nothing: loss nan" in log
-    assert [record["train/skipped_steps"] for record in records(tmp_path / "run")] == [0, 1, 2]
-    assert records(tmp_path / "run")[-1]["train/loss"] is None
-    _, log = run_arguments([*argv, "train.steps=4"])
-    assert "step 3, 24 rows consumed, 1 updates applied" in log
-    assert records(tmp_path / "run")[-1]["train/skipped_steps"] == 3
-
-
 @pytest.mark.parametrize("workers", [0, 1])
 def test_saving_while_images_are_decoded(workers: int, arguments: Arguments, tmp_path: Path) -> None:
     """A process in which the image decoder lives must not fork: saving does not, and the pipeline runs on."""
@@ -129,6 +158,37 @@ def test_other_data_is_refused(arguments: Arguments) -> None:
         RankFailure, match=r"the order of the training data is not the checkpoint's.*\n +train.seed: 1234 -> 5"
     ):
         run_arguments(arguments("train.steps=4", "train.seed=5"))
+
+
+def test_other_data_is_found_before_the_checkpoint_is_read(arguments: Arguments, tmp_path: Path) -> None:
+    """What is wrong with the data is said first: the tensors of this checkpoint could not be read at all."""
+    run_arguments(arguments("train.steps=1"))
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_00000001" / "tensors")
+    with pytest.raises(RankFailure, match="the order of the training data is not the checkpoint's"):
+        run_arguments(arguments("train.steps=2", "train.seed=5"))
+    with pytest.raises(RankFailure, match="step_00000001/tensors"):
+        run_arguments(arguments("train.steps=2"))
+
+
+def _run_in_little_memory(argv: list[str]) -> None:
+    """Run with room for a process and a small model, not for three billion weights (12 GB)."""
+    resource.setrlimit(resource.RLIMIT_DATA, (4 * 2**30, resource.RLIM_INFINITY))
+    run_on_rank(argv)
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("data.sources=[{prefix: absent}]", "DataError: no dataset at prefix absent"),
+        ("data.tokenizer=absent.json", "DataError: .*absent.json"),
+        ("train.steps=200000", "enough memory"),
+    ],
+)
+def test_data_are_checked_before_weights_exist(argument: str, message: str, arguments: Arguments) -> None:
+    """A model that does not fit into memory is never begun when the data are missing."""
+    argv = ["--preset", "mm1_3b", *arguments()[2:], "parallel.device=cpu", argument]
+    with pytest.raises(RankFailure, match=message):
+        run_on_ranks(_run_in_little_memory, 1, argv=argv)
 
 
 def test_torchrun(arguments: Arguments, tmp_path: Path) -> None:

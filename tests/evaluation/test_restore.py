@@ -1,0 +1,58 @@
+"""A checkpoint of one layout answers the same in another, with weights alone."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from mm15_megatron.checkpoint.store import save_checkpoint
+from mm15_megatron.config.schema import RunConfig
+from mm15_megatron.evaluation.generate import Generator, Prompt
+from mm15_megatron.evaluation.restore import restore_model
+from mm15_megatron.parallel.topology import close_topology
+
+from ..helpers.layouts import LAYOUTS, change, debug_config
+from ..helpers.parity import build_parts
+from ..helpers.ranks import RankFailure, rank_place, run_on_ranks
+
+PROMPTS = [Prompt(tuple(range(start, start + 4))) for start in range(0, 80, 20)]
+SPECIAL = {"eos_id": 256, "image_id": 255}
+NEW = 4
+
+
+def _save_and_answer(cfg: RunConfig) -> list[list[int]]:
+    parts = build_parts(cfg)
+    save_checkpoint(
+        cfg, parts.chunks, parts.optimizer, topology=parts.topology, step=3, data_digest="stream", progress={}
+    )
+    generator = Generator(parts.chunks[0].module, cfg, topology=parts.topology, **SPECIAL)
+    answers = generator.generate(PROMPTS, max_new_tokens=NEW)
+    close_topology()
+    return answers
+
+
+def _restore_and_answer(run_dir: str, tensor_size: int) -> tuple[int, list[list[int]]]:
+    parallel = replace(debug_config().parallel, tensor_model_parallel_size=tensor_size)
+    with ExitStack() as stack:
+        restored = restore_model(run_dir, place=rank_place(), stack=stack, parallel=parallel)
+        generator = Generator(restored.model, restored.cfg, topology=restored.topology, **SPECIAL)
+        return restored.checkpoint.step, generator.generate(PROMPTS, max_new_tokens=NEW)
+
+
+def test_a_checkpoint_of_two_ranks_answers_the_same_on_one_and_on_two(tmp_path: Path) -> None:
+    cfg = change(
+        LAYOUTS["tp2"].apply(debug_config()), language={"init_method_std": 0.3}, train={"run_dir": str(tmp_path)}
+    )
+    answers, _ = run_on_ranks(_save_and_answer, 2, cfg=cfg)
+    assert len({tuple(answer) for answer in answers}) == len(PROMPTS)
+    for size in (1, 2):
+        for result in run_on_ranks(_restore_and_answer, size, run_dir=str(tmp_path), tensor_size=size):
+            assert result == (3, answers)
+
+
+def test_a_run_without_a_checkpoint_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RankFailure, match="CheckpointError: .*holds no checkpoint"):
+        run_on_ranks(_restore_and_answer, 1, run_dir=str(tmp_path), tensor_size=1)
