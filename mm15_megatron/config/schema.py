@@ -144,7 +144,7 @@ class DataConfig:
     )
     batch_unit: str = option(
         "rows",
-        "what global_batch_size counts: rows (MM1, MM1.5 pre-training), or samples packed into as many rows as they need",
+        "what global_batch_size counts: rows (pre-training), or samples, packed into as many rows as they need",
         choices=("rows", "samples"),
     )
     shuffle: str = option(

@@ -146,22 +146,15 @@ class LocalCoreAttention(nn.Module):
         return out[0].transpose(0, 1).flatten(1)
 
     def _varlen(self, q_TNK: torch.Tensor, k_TMK: torch.Tensor, v_TMK: torch.Tensor, rows: PackedRows) -> torch.Tensor:
-        # Imported here: the kernel exists on CUDA builds only.
+        # Imported here: the kernel runs on CUDA alone.
         from torch.nn.attention.varlen import varlen_attn
 
+        # Key/value heads are repeated because the kernel of torch 2.11 does not group queries by itself.
         groups = q_TNK.shape[1] // k_TMK.shape[1]
         k, v = (x.repeat_interleave(groups, dim=1) if groups > 1 else x for x in (k_TMK, v_TMK))
-        out_TNK = varlen_attn(
-            q_TNK,
-            k,
-            v,
-            rows.cu_seqlens_q,
-            rows.cu_seqlens_kv,
-            rows.max_seqlen_q,
-            rows.max_seqlen_kv,
-            is_causal=self.causal,
-            scale=self.scale,
-        )
+        bounds, longest = rows.cu_seqlens_q, rows.max_seqlen_q
+        window = (-1, 0) if self.causal else (-1, -1)
+        out_TNK = varlen_attn(q_TNK, k, v, bounds, bounds, longest, longest, scale=self.scale, window_size=window)
         return out_TNK.flatten(1)
 
 

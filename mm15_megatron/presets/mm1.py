@@ -55,7 +55,7 @@ MM1_3B_MOE = Preset(
 MM1_7B_MOE = Preset(
     "mm1_7b_moe",
     f"MM1-7B-MoE pre-training, 32 experts in every fourth layer, 46.3B parameters (MM1: 47B), {MM1_MIXTURE}",
-    (*FINAL, *DECODER_7B_FOR_EXPERTS, *LR_7B, *experts(32, period=4)),
+    (*FINAL, *DECODER_7B_FOR_EXPERTS, *LR_7B, *experts(32, period=4), *tensor_parallel(2)),
 )
 
 SFT = (

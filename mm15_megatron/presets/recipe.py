@@ -55,7 +55,9 @@ def experts(count: int, *, period: int) -> tuple[Setting, ...]:
     return (
         *settings("published: MM1 section 4, MM1.5 section 4", moe=published | losses),
         *settings("ours: dropless", moe={"moe_expert_capacity_factor": None}),
-        *settings(FITS_80_GB, parallel={"expert_model_parallel_size": 16}),
+        *settings(
+            FITS_80_GB, parallel={"expert_model_parallel_size": 16}, kernels={"recompute_vision": True}
+        ),
     )
 
 
@@ -144,7 +146,7 @@ def peak_rate(value: float | None, source: str) -> tuple[Setting, ...]:
 
 FINE_TUNING = (
     *settings(
-        "derived: the published steps cover the data about once if the batch counts samples",
+        "derived: 23k steps of 256 samples are the one epoch of MM1.5's instruction tuning; 256 rows hold far more",
         data={"batch_unit": "samples"},
     ),
     *settings("ours: MM1 gives it for the pre-training of the 30B model alone", language={"z_loss_coeff": 0.0}),

@@ -82,3 +82,12 @@ def test_encoder_attention_sees_everything(generator: torch.Generator) -> None:
     scores = torch.einsum("qbnk,sbnk->bnqs", q, k) / math.sqrt(8)
     expected = torch.einsum("bnqs,sbnk->qbnk", scores.softmax(-1), v).flatten(2)
     torch.testing.assert_close(out, expected, **FP32)
+
+
+def test_varlen_kernel_accepts_the_call() -> None:
+    """The CUDA kernel's front end takes our arguments and answers with the right shape (on meta tensors)."""
+    q = torch.empty(10, 4, 16, device="meta", dtype=torch.bfloat16)
+    k, v = (torch.empty(10, 2, 16, device="meta", dtype=torch.bfloat16) for _ in range(2))
+    rows = packed_rows(torch.empty(5, device="meta", dtype=torch.int32), max_segment=10, rotary=None)
+    assert rows.segments is None
+    assert core(AttnMaskType.causal)(q, k, v, packed_seq_params=rows).shape == (10, 64)

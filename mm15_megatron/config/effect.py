@@ -1,0 +1,164 @@
+"""Options that a run carries but never uses: what is set, and why it changes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from mm15_megatron.config.schema import RunConfig
+from mm15_megatron.config.tree import OPTIONS, flatten
+from mm15_megatron.config.validate import data_parallel_size
+
+
+@dataclass(frozen=True)
+class Idle:
+    """An option that differs from its default without effect.
+
+    Attributes:
+        path: ``section.field``.
+        value: what it is set to.
+        reason: why it changes nothing, as the end of a sentence.
+    """
+
+    path: str
+    value: Any
+    reason: str
+
+
+def without_effect(cfg: RunConfig, *, world_size: int) -> tuple[Idle, ...]:
+    """Return the options that are set but change nothing in this run; for a report, since none of them is wrong.
+
+    Args:
+        cfg: a configuration that passed ``validate``.
+        world_size: number of processes (ranks).
+
+    Raises:
+        ConfigError: the world cannot be split as configured.
+    """
+    situation = _Situation(cfg, data_parallel=data_parallel_size(cfg, world_size=world_size))
+    values = flatten(cfg)
+    return tuple(
+        Idle(path, values[path], row.reason)
+        for row in TABLE
+        if row.idle(situation)
+        for path in row.paths.split()
+        if values[path] != OPTIONS[path].default
+    )
+
+
+@dataclass(frozen=True)
+class _Situation:
+    cfg: RunConfig
+    data_parallel: int
+
+
+@dataclass(frozen=True)
+class Row:
+    """Options that share one precondition.
+
+    Attributes:
+        paths: the options, separated by spaces.
+        reason: what makes them idle.
+        idle: whether that is so.
+    """
+
+    paths: str
+    reason: str
+    idle: Callable[[_Situation], bool]
+
+
+TABLE: tuple[Row, ...] = (
+    Row(
+        "moe.moe_layer_period moe.moe_router_topk moe.moe_aux_loss_coeff moe.moe_z_loss_coeff "
+        "moe.moe_expert_capacity_factor parallel.expert_model_parallel_size parallel.expert_tensor_parallel_size",
+        "the model is dense (moe.num_moe_experts = 0)",
+        lambda s: s.cfg.moe.num_moe_experts == 0,
+    ),
+    Row(
+        "connector.hidden_size connector.depth connector.mlp_depth connector.position_embedding connector.norm_epsilon",
+        "average pooling has none (connector.kind = average_pool)",
+        lambda s: s.cfg.connector.kind == "average_pool",
+    ),
+    Row(
+        "optimizer.vision_lr kernels.recompute_vision",
+        "the encoder is frozen (freeze.vision)",
+        lambda s: s.cfg.freeze.vision,
+    ),
+    Row(
+        "optimizer.connector_lr",
+        "the connector is frozen (freeze.connector)",
+        lambda s: s.cfg.freeze.connector,
+    ),
+    Row(
+        "tiling.overview tiling.max_split_images tiling.indicator",
+        "no image is split (tiling.mode = none)",
+        lambda s: s.cfg.tiling.mode == "none",
+    ),
+    Row(
+        "tiling.min_tiles tiling.max_tiles",
+        "only tiling.mode = dynamic chooses a grid",
+        lambda s: s.cfg.tiling.mode != "dynamic",
+    ),
+    Row(
+        "tiling.resize",
+        "tiling.mode = dynamic always fits and pads",
+        lambda s: s.cfg.tiling.mode == "dynamic",
+    ),
+    Row(
+        "parallel.encoder_parallel",
+        "there is no tensor-parallel group (parallel.tensor_model_parallel_size = 1)",
+        lambda s: s.cfg.parallel.tensor_model_parallel_size == 1,
+    ),
+    Row(
+        "parallel.use_distributed_optimizer parallel.overlap_grad_reduce parallel.overlap_param_gather",
+        "one data-parallel rank has nothing to share or reduce",
+        lambda s: s.data_parallel * s.cfg.parallel.context_parallel_size == 1,
+    ),
+    Row(
+        "parallel.ddp_bucket_size",
+        "gradients are reduced in one piece without parallel.overlap_grad_reduce",
+        lambda s: not s.cfg.parallel.overlap_grad_reduce,
+    ),
+    Row(
+        "parallel.grad_reduce_in_fp32",
+        "gradients of fp32 parameters are fp32 (kernels.params_dtype)",
+        lambda s: s.cfg.kernels.params_dtype == "fp32",
+    ),
+    Row(
+        "kernels.recompute_num_layers",
+        "only kernels.recompute_granularity = full recomputes whole layers",
+        lambda s: s.cfg.kernels.recompute_granularity != "full",
+    ),
+    Row(
+        "data.prefetch_factor",
+        "no worker prepares ahead (data.num_workers = 0)",
+        lambda s: s.cfg.data.num_workers == 0,
+    ),
+    Row(
+        "data.validation_sources train.validation_steps",
+        "no validation runs (train.validation_interval = 0)",
+        lambda s: s.cfg.train.validation_interval == 0,
+    ),
+    Row(
+        "optimizer.adafactor_beta1 optimizer.adafactor_clip_threshold optimizer.adafactor_decay_rate",
+        "they belong to AdaFactor (optimizer.name)",
+        lambda s: s.cfg.optimizer.name != "adafactor",
+    ),
+    Row(
+        "optimizer.adam_beta1 optimizer.adam_beta2 optimizer.adam_eps",
+        "they belong to AdamW (optimizer.name)",
+        lambda s: s.cfg.optimizer.name != "adamw",
+    ),
+    Row(
+        "optimizer.decay_norms_and_biases",
+        "nothing decays (optimizer.weight_decay = 0)",
+        lambda s: s.cfg.optimizer.weight_decay == 0,
+    ),
+    Row(
+        "schedule.min_lr_ratio",
+        "a constant rate has no floor (schedule.decay)",
+        lambda s: s.cfg.schedule.decay == "constant",
+    ),
+)
+"""Every precondition of an option that another option decides."""
