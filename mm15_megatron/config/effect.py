@@ -91,6 +91,15 @@ TABLE: tuple[Row, ...] = (
         lambda s: s.cfg.freeze.connector,
     ),
     Row(
+        "optimizer.lr",
+        "the decoder is frozen, and encoder and connector are too or have rates of their own",
+        lambda s: (
+            s.cfg.freeze.language
+            and (s.cfg.freeze.connector or s.cfg.optimizer.connector_lr is not None)
+            and (s.cfg.freeze.vision or s.cfg.optimizer.vision_lr is not None)
+        ),
+    ),
+    Row(
         "tiling.overview tiling.max_split_images tiling.indicator",
         "no image is split (tiling.mode = none)",
         lambda s: s.cfg.tiling.mode == "none",

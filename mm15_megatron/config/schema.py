@@ -180,7 +180,7 @@ class TilingConfig:
     overview: str = option("after", "where the overview stands (MM1.5: after)", choices=("before", "after"))
     resize: str = option(
         "stretch",
-        "how an image meets one tile: stretch to the square, or fit and pad bottom/right",
+        "how an image meets one tile: stretch to the square, or fit and pad bottom/right; dynamic always fits",
         choices=("stretch", "fit"),
     )
     max_split_images: int = option(2, "samples with more images than this are never split (MM1.5: 2)")

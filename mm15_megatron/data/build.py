@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Final
+from dataclasses import asdict, dataclass
+from typing import Any, Final
 
+from mm15_megatron import __version__
 from mm15_megatron.data.image.decode_pil import check_image
 from mm15_megatron.data.indexed.writer import EncodedImage
 from mm15_megatron.errors import DataError
@@ -42,6 +43,11 @@ class BuildOptions:
 
 
 DEFAULT_OPTIONS: Final = BuildOptions()
+
+
+def account(options: BuildOptions) -> dict[str, Any]:
+    """Return what a manifest's ``meta`` says about how a dataset was built."""
+    return {"program": f"mm15_megatron {__version__}", "options": asdict(options)}
 
 
 def checked_images(images: Sequence[bytes], *, where: str, options: BuildOptions) -> list[EncodedImage] | None:

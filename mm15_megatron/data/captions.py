@@ -1,11 +1,11 @@
-"""Image-caption pairs: image, caption, end of text (order and template unpublished in MM1: our default)."""
+"""Image-caption pairs, rendering ``captions-1``: image, caption, end of text (unpublished in MM1: our default)."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
 
-from mm15_megatron.data.build import DEFAULT_OPTIONS, BuildOptions, checked_images
+from mm15_megatron.data.build import DEFAULT_OPTIONS, BuildOptions, account, checked_images
 from mm15_megatron.data.indexed.format import Manifest
 from mm15_megatron.data.indexed.writer import DatasetWriter
 from mm15_megatron.data.tokenizer import Tokenizer
@@ -43,6 +43,7 @@ def build_captions(
         tokenizer_digest=tokenizer.digest,
         image_sentinel_id=tokenizer.image_id,
         overwrite=options.overwrite,
+        meta=account(options),
     ) as writer:
         for number, (data, caption) in enumerate(pairs):
             images = checked_images([data], where=f"pair {number} of {prefix}", options=options)

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import multiprocessing
 import signal
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from types import TracebackType
 from typing import Any, Final
 
@@ -22,14 +19,15 @@ from mm15_megatron.config.schema import RunConfig, SourceConfig
 from mm15_megatron.data.batch_plan import BatchPlan
 from mm15_megatron.data.collate import Assembler, ImageSettings
 from mm15_megatron.data.indexed.reader import IndexedSource
-from mm15_megatron.data.packing import MAX_SAMPLES_PER_ROW, PACKING_VERSION, PackingRules
+from mm15_megatron.data.packing import PackingRules
 from mm15_megatron.data.permutation import derive_key
-from mm15_megatron.data.row_order import CHUNK_DOCUMENTS, CHUNK_SAMPLES, PackingReport, RowOrder, RowTask
+from mm15_megatron.data.row_order import PackingReport, RowOrder, RowTask
 from mm15_megatron.data.tokenizer import Tokenizer
 from mm15_megatron.errors import ConfigError, DataError
 
 _LOGGER = logging.getLogger(__name__)
 _START_METHOD: Final = "forkserver"
+USABLE_KINDS: Final = ("captions", "conversations")  # text and interleaved need long documents to be split first
 
 Tasks = tuple[RowTask, ...]
 
@@ -99,7 +97,12 @@ class Loader:
         consumed_rows: rows consumed before this loader starts (a whole number of steps).
         num_workers: worker processes; 0 = work in this process. It never changes what comes out.
         prefetch_factor: micro-batches each worker prepares ahead, a bound on memory.
-        digest: see the property.
+
+    Attributes:
+        plan: the plan.
+        digest: SHA-256 of everything that decides which row comes when.
+        wait_seconds: time spent waiting for micro-batches.
+        substituted: images replaced by the mean colour.
     """
 
     def __init__(
@@ -112,13 +115,15 @@ class Loader:
         consumed_rows: int,
         num_workers: int,
         prefetch_factor: int,
-        digest: str,
     ) -> None:
         self.plan = plan
-        self.digest = digest
+        self.digest = order.digest
         self.wait_seconds = 0.0
         self.substituted = 0
         self._order = order
+        # One rank of the run tells what packing left out, once for each epoch of a source.
+        self._tells = view.reads_images and view.data_rank == view.tensor_rank == 0
+        self._told = [0] * len(order.reports)
         stream = _TaskStream(order, plan, data_rank=view.data_rank, consumed_rows=consumed_rows)
         before = set(multiprocessing.active_children())
         loader = DataLoader(
@@ -163,12 +168,24 @@ class Loader:
         for message in (message for row in batch.rows for message in row.substituted):
             self.substituted += 1
             _LOGGER.warning("replaced by the mean colour: %s", message)
+        if self._tells:
+            self._tell_losses()
         return batch
+
+    def _tell_losses(self) -> None:
+        for source, report in enumerate(self.reports):
+            if report.epochs > self._told[source] and (report.dropped or report.truncated):
+                _LOGGER.warning("%s", report)
+            self._told[source] = report.epochs
 
     @property
     def reports(self) -> tuple[PackingReport, ...]:
-        """What packing kept, truncated and dropped so far, one report a source."""
+        """What packing kept, truncated and dropped so far, one report a source; packing runs ahead of the batches."""
         return self._order.reports
+
+    def rows_before_repeat(self, limit: int) -> int:
+        """Return how many rows of the order show no document twice, at most ``limit`` (work grows with it)."""
+        return self._order.rows_before_repeat(limit)
 
     def micro_batches_per_step(self, consumed_rows: int) -> int:
         """Return the micro-batches of the step that starts after ``consumed_rows`` rows."""
@@ -226,12 +243,11 @@ def build_loader(cfg: RunConfig, *, view: RankView, consumed_rows: int = 0, vali
     tokenizer.check_fits(cfg.language.vocab_size)
     readers = open_sources(sources, tokenizer=tokenizer)
     rules = PackingRules.from_config(cfg, image_sentinel_id=tokenizer.image_id)
-    seed = derive_key(cfg.train.seed, "validation" if validation else "training")
     order = RowOrder(
         readers,
         [source.weight for source in sources],
         rules,
-        seed=seed,
+        seed=derive_key(cfg.train.seed, "validation" if validation else "training"),
         unit=cfg.data.mixture_unit,
         shuffle=cfg.data.shuffle == "full",
     )
@@ -249,7 +265,6 @@ def build_loader(cfg: RunConfig, *, view: RankView, consumed_rows: int = 0, vali
         consumed_rows=consumed_rows,
         num_workers=cfg.data.num_workers if view.reads_images else 0,
         prefetch_factor=cfg.data.prefetch_factor,
-        digest=_order_digest(cfg, sources, readers, rules, seed=seed),
     )
 
 
@@ -257,35 +272,18 @@ def open_sources(sources: Sequence[SourceConfig], *, tokenizer: Tokenizer) -> li
     """Open every source of a mixture and check it against the tokenizer.
 
     Raises:
-        DataError: if one is missing or damaged, was built with another tokenizer, or two have one name.
+        DataError: if one is missing or damaged, was built with another tokenizer, is of a kind that is not in
+            ``USABLE_KINDS``, or two have one name.
     """
     readers = [IndexedSource(s.prefix, name=s.name, tokenizer_digest=tokenizer.digest) for s in sources]
+    for reader in readers:
+        if reader.kind not in USABLE_KINDS:
+            raise DataError(
+                f"source {reader.name!r} is of kind {reader.kind!r}: splitting of long documents is not there yet",
+                fix="use sources of kind " + " or ".join(USABLE_KINDS),
+            )
     names = [reader.name for reader in readers]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise DataError(f"several sources are called {', '.join(twice)}", fix="give each source its own name")
     return readers
-
-
-def _order_digest(
-    cfg: RunConfig,
-    sources: Sequence[SourceConfig],
-    readers: Sequence[IndexedSource],
-    rules: PackingRules,
-    *,
-    seed: int,
-) -> str:
-    """Digest of everything that decides row r: content, not paths; no rank, worker or batch size."""
-    decides = {
-        "packing": PACKING_VERSION,
-        "chunks": [CHUNK_DOCUMENTS, CHUNK_SAMPLES, MAX_SAMPLES_PER_ROW],
-        "rules": {name: value for name, value in asdict(rules).items() if name != "normalisation"},
-        "seed": seed,
-        "unit": cfg.data.mixture_unit,
-        "shuffle": cfg.data.shuffle,
-        "sources": [
-            [reader.name, source.weight, reader.manifest.digest]
-            for source, reader in zip(sources, readers, strict=True)
-        ],
-    }
-    return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()

@@ -42,6 +42,7 @@ class Mixture:
         self._ends = np.array([min(end, 2**64 - 1) for end in ends], dtype=np.uint64)
         self._key = np.uint64(derive_key(seed, "mixture"))
         self._counts: list[Int64] = [np.zeros(values.size, np.int64)]  # before each block of indices
+        self._last = (0, self._counts[0])  # index and counts of the latest question: the next one is rarely far
 
     def choose(self, first: int, stop: int) -> Int64:
         """Return the source of each index in [first, stop), int64."""
@@ -50,11 +51,18 @@ class Mixture:
 
     def count_before(self, index: int) -> Int64:
         """Return how often each source was chosen before ``index``, int64 [sources]."""
+        at, counts = self._last
+        if not at <= index < at + _BLOCK:
+            at, counts = self._block_before(index)
+        self._last = (index, counts + self._count(at, index))
+        return self._last[1].copy()
+
+    def _block_before(self, index: int) -> tuple[int, Int64]:
         block = index // _BLOCK
         while len(self._counts) <= block:
             at = (len(self._counts) - 1) * _BLOCK
             self._counts.append(self._counts[-1] + self._count(at, at + _BLOCK))
-        return self._counts[block] + self._count(block * _BLOCK, index)
+        return block * _BLOCK, self._counts[block]
 
     def _count(self, first: int, stop: int) -> Int64:
         return np.bincount(self.choose(first, stop), minlength=len(self.shares)).astype(np.int64)

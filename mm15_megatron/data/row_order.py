@@ -6,10 +6,11 @@ packed by itself, so any row is found by a search over chunks and one packed tab
 
 from __future__ import annotations
 
-import logging
+import hashlib
+import json
 from collections import Counter, OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Final, Protocol
 
 import numpy as np
@@ -17,13 +18,19 @@ import numpy.typing as npt
 
 from mm15_megatron.data.indexed.reader import IndexedSource
 from mm15_megatron.data.mixture import Mixture
-from mm15_megatron.data.packing import Measured, PackingRules, pack_rows, select
+from mm15_megatron.data.packing import (
+    MAX_SAMPLES_PER_ROW,
+    PACKING_VERSION,
+    Measured,
+    PackingRules,
+    pack_rows,
+    select,
+)
 from mm15_megatron.data.permutation import derive_key, permute
 from mm15_megatron.errors import DataError
 
 Int64 = npt.NDArray[np.int64]
 
-_LOGGER = logging.getLogger(__name__)
 CHUNK_DOCUMENTS: Final = 1 << 20  # of one source's epoch
 CHUNK_SAMPLES: Final = 1 << 13  # of a mixed stream
 _TABLES_KEPT: Final = 4
@@ -42,6 +49,8 @@ class PackingReport:
     """What packing did with the documents of one source so far (documents seen again in a later epoch count again).
 
     Attributes:
+        source: name of the source.
+        size: documents of the source.
         documents: documents looked at.
         kept: documents that went into rows.
         truncated: documents whose text was cut at the end.
@@ -49,11 +58,25 @@ class PackingReport:
         dropped: documents left out, by reason.
     """
 
+    source: str
+    size: int
     documents: int = 0
     kept: int = 0
     truncated: int = 0
     truncated_tokens: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def epochs(self) -> int:
+        """Epochs of the source that packing has begun."""
+        return -(-self.documents // self.size)
+
+    def __str__(self) -> str:
+        """Say it in one line."""
+        return (
+            f"source {self.source}: of {self.documents} documents {self.kept} kept, {self.truncated} truncated "
+            f"({self.truncated_tokens} tokens), dropped: {dict(self.dropped)}"
+        )
 
 
 class EpochOrder:
@@ -187,20 +210,10 @@ class PackedStream:
         return _Table(sources[fits], documents[fits], starts)
 
     def _check_usable(self, source: int) -> None:
-        report, reader = self._reports[source], self._readers[source]
-        if report.dropped or report.truncated:
-            _LOGGER.warning(
-                "source %s: of %d documents %d kept, %d truncated (%d tokens), dropped: %s",
-                reader.name,
-                report.documents,
-                report.kept,
-                report.truncated,
-                report.truncated_tokens,
-                dict(report.dropped),
-            )
-        if report.kept == 0 and report.documents >= reader.num_documents:
+        report = self._reports[source]
+        if report.kept == 0 and report.documents >= report.size:
             raise DataError(
-                f"no document of source {reader.name!r} fits a row: {dict(report.dropped)}",
+                f"no document of source {report.source!r} fits a row: {dict(report.dropped)}",
                 fix="raise data.seq_length, data.max_images or data.max_tiles, or leave the source out",
             )
 
@@ -218,6 +231,7 @@ class RowOrder:
 
     Attributes:
         reports: one :class:`PackingReport` a source.
+        digest: SHA-256 of everything that decides row r (:func:`order_digest`).
 
     Raises:
         DataError: if a source is empty, or none of its documents fits a row.
@@ -236,8 +250,11 @@ class RowOrder:
         for reader in readers:
             if reader.num_documents == 0:
                 raise DataError(f"source {reader.name!r} holds no document", fix="build it again, or leave it out")
-        self.reports = tuple(PackingReport() for _ in readers)
+        self.reports = tuple(PackingReport(reader.name, reader.num_documents) for reader in readers)
         self._mixture = Mixture(weights, seed=seed)
+        contents = [reader.manifest.digest for reader in readers]
+        shares = self._mixture.shares.tolist()
+        self.digest = order_digest(rules, contents, shares, seed=seed, unit=unit, shuffle=shuffle)
         orders = [
             EpochOrder(reader.num_documents, seed=seed, source=index, shuffle=shuffle)
             for index, reader in enumerate(readers)
@@ -257,3 +274,44 @@ class RowOrder:
         source = int(self._mixture.choose(index, index + 1)[0])
         number = int(self._mixture.count_before(index)[source])
         return RowTask(index, self._packed[source].row(number))
+
+    def rows_before_repeat(self, limit: int) -> int:
+        """Return how many rows from row 0 on show no document twice, at most ``limit`` (work grows with it)."""
+        seen: set[tuple[int, int]] = set()
+        for index in range(limit):
+            samples = self.row(index).samples
+            if not seen.isdisjoint(samples):
+                return index
+            seen.update(samples)
+        return limit
+
+
+def order_digest(
+    rules: PackingRules,
+    contents: Sequence[str],
+    shares: Sequence[float],
+    *,
+    seed: int,
+    unit: str,
+    shuffle: bool,
+) -> str:
+    """Digest everything that decides row r: content, not names or paths; no rank, worker or batch size.
+
+    Args:
+        rules: how documents become rows.
+        contents: digest of each source's manifest, in the order of the mixture.
+        shares: share of each source; they sum to 1.
+        seed: see :class:`RowOrder`.
+        unit: see :class:`RowOrder`.
+        shuffle: see :class:`RowOrder`.
+    """
+    decides = {
+        "packing": PACKING_VERSION,
+        "chunks": [CHUNK_DOCUMENTS, CHUNK_SAMPLES, MAX_SAMPLES_PER_ROW],
+        "rules": {name: value for name, value in asdict(rules).items() if name != "normalisation"},
+        "seed": seed,
+        "unit": unit,
+        "shuffle": shuffle,
+        "sources": list(zip(contents, shares, strict=True)),
+    }
+    return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()

@@ -1,6 +1,6 @@
 """Conversations: the chat template, loss on answers alone, and the builder.
 
-Form of LLaVA-1.5's template, without a system prompt (MM1's is unpublished: our default)::
+Rendering ``llava15-1``: the form of LLaVA-1.5's template, without a system prompt (MM1's is unpublished: our default)::
 
     USER: <image>
     What digit is this? ASSISTANT: 7</s>USER: And doubled? ASSISTANT: 14</s>
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from mm15_megatron.data.build import DEFAULT_OPTIONS, BuildOptions, checked_images
+from mm15_megatron.data.build import DEFAULT_OPTIONS, BuildOptions, account, checked_images
 from mm15_megatron.data.indexed.format import Manifest
 from mm15_megatron.data.indexed.writer import DatasetWriter
 from mm15_megatron.data.tokenizer import IMAGE_TOKEN, Tokenizer
@@ -154,6 +154,7 @@ def build_conversations(
         tokenizer_digest=tokenizer.digest,
         image_sentinel_id=tokenizer.image_id,
         overwrite=options.overwrite,
+        meta=account(options),
     ) as writer:
         for number, conversation in enumerate(conversations):
             where = f"conversation {number} of {prefix}"

@@ -47,7 +47,6 @@ _AT_HIGH_RESOLUTION = (
             "indicator": "index",
         },
     ),
-    *settings("derived: boxes are pixels of an overview that keeps the aspect", tiling={"resize": "fit"}),
     *settings("ours: unpublished; the smallest power of two that holds two split images", data={"seq_length": 4096}),
 )
 CONTINUAL = (

@@ -55,9 +55,7 @@ def experts(count: int, *, period: int) -> tuple[Setting, ...]:
     return (
         *settings("published: MM1 section 4, MM1.5 section 4", moe=published | losses),
         *settings("ours: dropless", moe={"moe_expert_capacity_factor": None}),
-        *settings(
-            FITS_80_GB, parallel={"expert_model_parallel_size": 16}, kernels={"recompute_vision": True}
-        ),
+        *settings(FITS_80_GB, parallel={"expert_model_parallel_size": 16}, kernels={"recompute_vision": True}),
     )
 
 

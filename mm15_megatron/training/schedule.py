@@ -30,7 +30,7 @@ def learning_rate_factor(step: int, cfg: RunConfig) -> float:
 
 
 def apply_schedule(optimizer: MegatronOptimizer, cfg: RunConfig, *, step: int) -> float:
-    """Set every parameter group's learning rate and weight decay for step ``step`` (counted from 1, skipped ones included).
+    """Set every parameter group's learning rate and weight decay for step ``step`` (from 1, skipped steps included).
 
     megatron-core leaves both to the scheduler: a group only carries its peak (``max_lr``) and its decay multiplier
     (``wd_mult``).

@@ -15,6 +15,7 @@ from mm15_megatron.accounting import (
     planned_tiles_per_row,
     step_flops,
 )
+from mm15_megatron.config.effect import without_effect
 from mm15_megatron.config.schema import RunConfig
 from mm15_megatron.data.batch_plan import BatchPlan
 from mm15_megatron.parallel.topology import Topology
@@ -42,6 +43,10 @@ def startup_screen(
         *_rate_facts(cfg, origins),
         ("memory per rank", _memory_text(cfg, world_size=topology.place.world_size)),
         ("data order", f"digest {digest[:12]}, seed {cfg.train.seed}"),
+        *(
+            ("without effect", f"{idle.path} = {idle.value}: {idle.reason}")
+            for idle in without_effect(cfg, world_size=topology.place.world_size)
+        ),
     ]
     return "\n".join(lines + [f"  {name:18} {text}" for name, text in facts])
 

@@ -67,6 +67,7 @@ def test_origins_name_where_a_value_came_from(tmp_path):
         (["--rampup-batch-size", "[2, 2, 100]"], "train.rampup_batch_size", (2, 2, 100)),
         (["train.run_dir=2024"], "train.run_dir", "2024"),
         (["train.run_dir=a=b"], "train.run_dir", "a=b"),
+        (["data.shuffle=none"], "data.shuffle", "none"),
         (["data.tokenizer=no"], "data.tokenizer", "no"),
         (["optimizer.lr=null"], "optimizer.lr", None),
         (["optimizer.lr=1"], "optimizer.lr", 1.0),
@@ -123,6 +124,7 @@ def test_values_and_flags(argv, path, value):
         (["data.sources=[{prefix: a, prefix: b}]"], "given twice"),
         (["data.sources=[{prefix: 3}]"], "put it in quotes"),
         (["data.sources=[{"], "not well-formed YAML"),
+        (["data.shuffle=true"], "choose from: full, none"),
         (["tiling.mode=dynamik"], "choose from: none, static, dynamic"),
         (["kernels.recompute_granularity=half"], "choose from: null, selective, full"),
     ],
@@ -194,6 +196,16 @@ def test_help_names_every_option():
                 f"--{option.flag}" if option.flag and option.annotation is not bool else option.flag or option.path
             ) in text
     assert parse_run(["--help"], presets=REGISTRY).output == text
+    assert parse_run(["--preset", "debug_dense", "-h"], presets=REGISTRY).output == text
+
+
+@pytest.mark.parametrize(
+    ("flag", "source"),
+    [("seq-length", "MM1: 4096"), ("connector-lr", "MM1: 8e-5"), ("tiling-indicator", "MM1.5: index")],
+)
+def test_help_shows_where_a_value_is_published(flag, source):
+    (line,) = (line for line in help_text().splitlines() if line.startswith(f"  --{flag} "))
+    assert f"({source})" in line
 
 
 def test_list_presets():

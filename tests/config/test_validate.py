@@ -17,6 +17,8 @@ from mm15_megatron.config.validate import (
 from mm15_megatron.errors import ConfigError
 from mm15_megatron.presets import resolve
 
+TRAINABLE = apply_overrides(resolve("debug_dense"), ["data.sources=[{prefix: a}]", "data.tokenizer=tokenizer.json"])
+
 TP2 = "parallel.tensor_model_parallel_size=2"
 TP4 = "parallel.tensor_model_parallel_size=4"
 PP2 = "parallel.pipeline_model_parallel_size=2"
@@ -106,7 +108,6 @@ CASES = [
         "nothing to train",
     ),
     ("_device_and_kernels", 1, ["kernels.transformer_impl=transformer_engine"], "set kernels.transformer_impl=local"),
-    ("_recompute", 1, ["kernels.recompute_num_layers=2"], "has no effect with"),
     ("_sources", 1, ["data.sources=[{weight: 1}]"], r"data.sources\[0\] has prefix ''"),
     ("_sources", 1, ["data.validation_sources=[{prefix: a, weight: 0}]"], "weight 0.0"),
     ("_sources", 1, ["train.validation_interval=5"], "there is no data.validation_sources"),
@@ -115,6 +116,13 @@ CASES = [
     ("_no_experts", 1, ["moe.num_moe_experts=4"], "choose a dense preset"),
     ("_no_expert_parallel", 2, ["parallel.expert_model_parallel_size=2"], "expert_model_parallel_size=1"),
     ("_no_adafactor", 1, ["optimizer.name=adafactor"], "set optimizer.name=adamw"),
+    ("_no_tile_indicator", 1, ["tiling.indicator=index"], "tiling.indicator = 'index' can be printed"),
+    ("_no_tile_indicator", 1, ["tiling.indicator=seps"], "set tiling.indicator=none"),
+    ("_no_batch_of_samples", 1, ["data.batch_unit=samples"], "set data.batch_unit=rows"),
+    ("_training_sources", 1, ["data.sources=[]"], r"`data: {sources: \[{prefix: PATH, weight: 1}\]}`"),
+    ("_tokenizer", 1, ["data.tokenizer="], "give data.tokenizer=PATH"),
+    ("_run_directory", 1, ["train.run_dir="], "give train.run_dir=PATH"),
+    ("_run_directory", 1, ["train.run_dir= "], "train.run_dir = ' ' names no directory"),
 ]
 
 
@@ -122,18 +130,18 @@ CASES = [
     ("rule", "world", "overrides", "message"), CASES, ids=lambda v: v if isinstance(v, str) else None
 )
 def test_rule(rule, world, overrides, message):
-    cfg = apply_overrides(resolve("debug_dense"), overrides)
+    cfg = apply_overrides(TRAINABLE, overrides)
     with pytest.raises(ConfigError, match=message) as direct:
         getattr(rules, rule)(cfg, world)
     assert direct.value.fix
-    with pytest.raises(ConfigError):
+    with pytest.raises(ConfigError, match=message):
         validate(cfg, world_size=world)
 
 
 def test_types_are_checked_for_configurations_made_in_python():
     for path, value in (("train.steps", 2.0), ("tiling.mode", "diagonal"), ("optimizer.lr", "fast")):
         with pytest.raises(ConfigError, match=path):
-            validate(with_values(resolve("debug_dense"), {path: value}), world_size=1)
+            validate(with_values(TRAINABLE, {path: value}), world_size=1)
 
 
 def test_every_rule_has_a_case():
@@ -162,7 +170,7 @@ def test_every_rule_has_a_case():
     ],
 )
 def test_layouts_that_pass(world, overrides):
-    validate(apply_overrides(resolve("debug_dense"), overrides), world_size=world)
+    validate(apply_overrides(TRAINABLE, overrides), world_size=world)
 
 
 def test_data_parallel_size():

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from mm15_megatron import __version__
 from mm15_megatron.data.build import BuildOptions
 from mm15_megatron.data.captions import build_captions
 from mm15_megatron.data.indexed.reader import IndexedSource
@@ -31,6 +32,9 @@ def test_captions_are_image_caption_end(tmp_path: Path, tokenizer: Tokenizer) ->
     picture = photo(31, 17)
     manifest = build_captions(tmp_path / "c", [(picture, "a cat"), (picture, "a </s> <image>")], tokenizer)
     assert (manifest.kind, manifest.documents, manifest.images) == ("captions", 2, 2)
+    assert manifest.rendering == "captions-1"
+    assert manifest.meta["program"] == f"mm15_megatron {__version__}"
+    assert manifest.meta["options"]["on_bad_image"] == "raise"
     source = IndexedSource(tmp_path / "c", tokenizer_digest=tokenizer.digest)
     sample = read_sample(source, 0, source_index=4)
     assert sample.tokens.tolist() == [tokenizer.image_id, *tokenizer.encode("a cat"), tokenizer.eos_id]

@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +15,7 @@ import pytest
 import torch
 from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 
-from mm15_megatron.data.indexed.format import HEADER, file_digest, read_manifest
+from mm15_megatron.data.indexed.format import HEADER, file_digest, read_manifest, suffixes
 from mm15_megatron.data.indexed.reader import IndexedSource, PairReader
 from mm15_megatron.data.indexed.writer import DatasetWriter, EncodedImage, PairWriter
 from mm15_megatron.errors import DataError
@@ -114,6 +117,52 @@ def test_an_existing_dataset_is_kept_unless_asked(prefix: Path) -> None:
     assert read_manifest(prefix).digest == before
 
 
+def test_another_kind_leaves_no_file_of_the_old_one(prefix: Path) -> None:
+    write(prefix, kind="captions", overwrite=True)
+    assert IndexedSource(prefix).kind == "captions"
+    assert sorted(path.name for path in prefix.parent.iterdir()) == sorted(
+        ["set.v1.json", *(f"set.v1{suffix}" for suffix in suffixes("captions"))]
+    )
+
+
+def test_one_builder_at_a_time(tmp_path: Path) -> None:
+    arguments = {"kind": "text", "tokenizer_digest": "", "image_sentinel_id": 3, "overwrite": True}
+    with DatasetWriter(tmp_path / "x", **arguments) as first:
+        with pytest.raises(DataError, match="another builder is writing"), DatasetWriter(tmp_path / "x", **arguments):
+            pass
+        first.add_document([5, 6])
+    assert IndexedSource(tmp_path / "x").tokens(0).tolist() == [5, 6]
+    assert not list(tmp_path.glob("*.lock")) + list(tmp_path.glob("*.partial"))
+
+
+KILLED = """
+import os, signal, sys
+from mm15_megatron.data.indexed.writer import DatasetWriter
+with DatasetWriter(sys.argv[1], kind="conversations", tokenizer_digest="", image_sentinel_id=3) as writer:
+    writer.add_document([5, 6], loss_mask=[0, 1])
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_the_leftovers_of_a_killed_builder_are_in_nobodys_way(tmp_path: Path) -> None:
+    prefix = tmp_path / "x"
+    assert subprocess.run([sys.executable, "-c", KILLED, str(prefix)], check=False).returncode == -signal.SIGKILL
+    assert {path.name for path in tmp_path.iterdir()} > {"x.lock", "x_loss_mask.bin.partial"}
+    write(prefix, kind="captions")
+    assert not list(tmp_path.glob("*.lock")) + list(tmp_path.glob("*.partial"))
+    assert IndexedSource(prefix).num_documents == 3
+
+
+def test_a_start_that_fails_leaves_nothing(tmp_path: Path) -> None:
+    obstacle = tmp_path / "x_images.bin.partial"
+    obstacle.mkdir()
+    with pytest.raises(IsADirectoryError):
+        write(tmp_path / "x")
+    assert list(tmp_path.iterdir()) == [obstacle]
+    obstacle.rmdir()
+    write(tmp_path / "x")
+
+
 def test_documents_are_checked_when_written(tmp_path: Path) -> None:
     with DatasetWriter(tmp_path / "c", kind="conversations", tokenizer_digest="", image_sentinel_id=3) as writer:
         with pytest.raises(DataError, match="document 0 .* has 2 image placeholders and 0 images"):
@@ -122,7 +171,21 @@ def test_documents_are_checked_when_written(tmp_path: Path) -> None:
             writer.add_document([4, 5], loss_mask=[1])
         with pytest.raises(DataError, match="conversations alone"):
             writer.add_document([4, 5])
-    assert writer.manifest.documents == 0
+        for values, mask, wrong in (
+            ([4, -1], [0, 1], "token -1"),
+            ([4, 2**31], [0, 1], f"token {2**31}"),
+            ([4, 2**70], [0, 1], f"token {2**70}"),
+            ([4, 2.5], [0, 1], "token 2.5"),
+            (np.array([4.0, 5.0]), [0, 1], "token .*4.0"),
+            ([[4], [5]], [0, 1], r"token \[4\]"),
+            ([4, 5], [0, 2], "loss mask value 2"),
+            ([4, 5], [0, -1], "loss mask value -1"),
+            ([4, 5], [0, 0.5], "loss mask value 0.5"),
+        ):
+            with pytest.raises(DataError, match=f"document 0 of .*c: {wrong}"):
+                writer.add_document(values, loss_mask=mask)
+    assert (writer.manifest.documents, writer.manifest.tokens) == (0, 0)
+    assert len(PairReader(tmp_path / "c_loss_mask")) == len(PairReader(tmp_path / "c_tokens")) == 0
     with pytest.raises(DataError, match="unknown kind"):
         DatasetWriter(tmp_path / "k", kind="poems", tokenizer_digest="", image_sentinel_id=3)
     with pytest.raises(DataError, match="no code"):
@@ -181,7 +244,8 @@ def test_wrong_manifests(prefix: Path) -> None:
         ({"kind": "poems"}, "damaged"),
         ({"files": {}}, "no record of"),
         ({"files": 3}, "damaged"),
-        ({"surprise": 1}, "damaged"),
+        ({"surprise": 1, "more": 2}, "has the unknown fields more, surprise"),
+        ({"rendering": "llava15-0"}, "was rendered as 'llava15-0', this program renders 'llava15-1'"),
         ({"documents": 4}, "the manifest says 4 documents"),
         ({"images": 4}, "4 images"),
         ({"tokens": 4}, "4 tokens"),
@@ -190,12 +254,48 @@ def test_wrong_manifests(prefix: Path) -> None:
         edit_manifest(prefix, **changes)
         with pytest.raises(DataError, match=message):
             IndexedSource(prefix)
+    path.write_text(json.dumps({k: v for k, v in json.loads(good).items() if k not in ("images", "meta")}))
+    with pytest.raises(DataError, match="lacks the fields images"):
+        IndexedSource(prefix)
     path.write_text("[")
     with pytest.raises(DataError, match="not valid JSON"):
         IndexedSource(prefix)
     path.unlink()
     with pytest.raises(DataError, match="the manifest is written last"):
         IndexedSource(prefix)
+
+
+def test_meta_is_free_and_decides_nothing(prefix: Path, tmp_path: Path) -> None:
+    before = read_manifest(prefix).digest
+    edit_manifest(prefix, meta={"program": "another", "notes": [1, {"a": None}]})
+    assert IndexedSource(prefix).manifest.meta["notes"] == [1, {"a": None}]
+    assert read_manifest(prefix).digest == before
+    for meta in ({"path": tmp_path}, {"value": float("nan")}):
+        with pytest.raises(DataError, match="is not JSON"):
+            DatasetWriter(tmp_path / "m", kind="text", tokenizer_digest="", image_sentinel_id=3, meta=meta)
+
+
+def test_a_copy_in_another_process_is_not_checked_twice(prefix: Path) -> None:
+    packed = pickle.dumps(IndexedSource(prefix))
+    sizes = Path(f"{prefix}_images.bin")
+    sizes.write_bytes(bytes(len(sizes.read_bytes())))
+    assert pickle.loads(packed).tokens(0).tolist() == [3, 5, 6]  # the content was hashed by the process that sent it
+    with pytest.raises(DataError, match="other content"):
+        IndexedSource(prefix)
+    edit_manifest(prefix, documents=9)
+    with pytest.raises(DataError, match="was built again since it was opened"):
+        pickle.loads(packed)
+
+
+@pytest.mark.parametrize("pointer", [16, -4])
+def test_an_index_that_points_outside_its_file(prefix: Path, pointer: int) -> None:
+    idx = Path(f"{prefix}_tokens.idx")
+    content = bytearray(idx.read_bytes())
+    at = HEADER.size + 3 * 4  # the pointer of sequence 0, of 3 values
+    content[at : at + 8] = (pointer + 4 * (pointer > 0)).to_bytes(8, "little", signed=True)
+    idx.write_bytes(content)
+    with pytest.raises(DataError, match="sequence 0 of .* has 3 values from .*, its file 7"):
+        PairReader(f"{prefix}_tokens")[0]
 
 
 def test_wrong_tokenizer_and_kind(prefix: Path) -> None:

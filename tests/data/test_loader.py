@@ -107,6 +107,45 @@ def test_ranks_divide_the_rows_of_a_step(cfg: RunConfig) -> None:
         assert sorted(rows) == list(range(8 * step, 8 * step + 8))
 
 
+def row_tensors(batch: MMBatch, cfg: RunConfig) -> dict[int, dict[str, torch.Tensor]]:
+    """Cut a micro-batch into its rows; positions of slots and segments count from the start of the row."""
+    length = cfg.data.seq_length
+    found = {}
+    for number, record in enumerate(batch.rows):
+        at = number * length
+        mine = batch.slots_NP[:, 0] // length == number if len(batch.slots_NP) else torch.zeros(0).bool()
+        bounds = batch.segment_bounds_G
+        flat = ("tokens_T", "labels_T", "loss_mask_T", "position_ids_T", "padding_mask_T")
+        found[record.row] = {name: vars(batch)[name][at : at + length] for name in flat} | {
+            "slots": batch.slots_NP[mine] - at,
+            "tiles": batch.tiles_N3HW[: len(mine)][mine],
+            "bounds": bounds[(bounds > at) & (bounds <= at + length)].unique() - at,
+        }
+    return found
+
+
+@pytest.mark.parametrize(
+    ("data_size", "micro_batch", "workers"),
+    [(size, micro, 0) for size in (1, 2, 4) for micro in (1, 2, 4)] + [(1, 4, 1), (2, 1, 1)],
+)
+def test_rows_are_the_same_in_every_layout(cfg: RunConfig, data_size: int, micro_batch: int, workers: int) -> None:
+    rows = 16
+
+    def all_rows(size: int, micro: int, num_workers: int) -> dict[int, dict[str, torch.Tensor]]:
+        changed = with_data(cfg, num_workers=num_workers)
+        changed = replace(changed, train=replace(cfg.train, global_batch_size=rows, micro_batch_size=micro))
+        views = [RankView(data_rank=rank, data_size=size) for rank in range(size)]
+        batches = [batch for view in views for batch in take(changed, rows // (size * micro), view=view)]
+        return {row: tensors for batch in batches for row, tensors in row_tensors(batch, cfg).items()}
+
+    expected, found = all_rows(1, 1, 0), all_rows(data_size, micro_batch, workers)
+    assert sorted(expected) == sorted(found) == list(range(rows))
+    assert sum(len(tensors["tiles"]) for tensors in expected.values()) > rows
+    for row, tensors in expected.items():
+        for name, value in tensors.items():
+            assert torch.equal(value, found[row][name]), (row, name)
+
+
 def test_resume_continues_the_straight_run(cfg: RunConfig) -> None:
     straight = take(cfg, 12)
     for a, b in zip(straight[8:], take(cfg, 4, consumed_rows=16), strict=True):
@@ -148,9 +187,9 @@ def test_later_stages_never_touch_image_bytes(cfg: RunConfig, tmp_path: Path, to
 
 def test_a_batch_without_images_has_one_dummy_tile(cfg: RunConfig, tmp_path: Path, tokenizer: Tokenizer) -> None:
     with DatasetWriter(
-        tmp_path / "text", kind="text", tokenizer_digest=tokenizer.digest, image_sentinel_id=tokenizer.image_id
+        tmp_path / "text", kind="conversations", tokenizer_digest=tokenizer.digest, image_sentinel_id=tokenizer.image_id
     ) as writer:
-        writer.add_document([9, 8, 7, 2])
+        writer.add_document([9, 8, 7, 2], loss_mask=[0, 0, 1, 1])
     (batch,) = take(with_data(cfg, sources=(SourceConfig(prefix=str(tmp_path / "text")),)), 1)
     assert torch.equal(batch.tiles_N3HW, torch.zeros(1, 3, 14, 14))
     assert batch.slots_NP.shape == (0, SLOTS)
@@ -232,9 +271,12 @@ def test_digest_covers_the_order_and_nothing_else(cfg: RunConfig, tmp_path: Path
 
     same = digest(cfg)
     for path in captions_prefix.parent.glob(captions_prefix.name + "*"):
-        shutil.copy(path, tmp_path / path.name)
-    moved = (replace(cfg.data.sources[0], prefix=str(tmp_path / captions_prefix.name)), cfg.data.sources[1])
-    assert digest(with_data(cfg, sources=moved)) == same
+        shutil.copy(path, tmp_path / path.name.replace(captions_prefix.name, "renamed"))
+    moved = replace(cfg.data.sources[0], prefix=str(tmp_path / "renamed"))
+    assert digest(with_data(cfg, sources=(moved, cfg.data.sources[1]))) == same
+    assert digest(with_data(cfg, sources=(moved, replace(cfg.data.sources[1], name="other")))) == same
+    doubled = tuple(replace(source, weight=2 * source.weight) for source in cfg.data.sources)
+    assert digest(with_data(cfg, sources=doubled)) == same
     assert digest(with_data(cfg, num_workers=1, decoder="pil"), data_rank=1, data_size=2) == same
     assert digest(replace(cfg, train=replace(cfg.train, global_batch_size=16))) == same
     other = (replace(cfg.data.sources[0], weight=3.0), cfg.data.sources[1])
@@ -258,6 +300,36 @@ def test_validation_reads_its_own_sources(cfg: RunConfig) -> None:
         assert loader.micro_batches_per_step(0) == 2
 
 
+def test_rows_before_a_repeat(cfg: RunConfig) -> None:
+    single = replace(cfg, train=replace(cfg.train, micro_batch_size=1))
+    with build_loader(single, view=RankView(), validation=True) as loader:
+        epoch = loader.rows_before_repeat(1000)
+        assert loader.rows_before_repeat(epoch - 1) == epoch - 1
+        shown = [document for batch in islice(loader, epoch) for row in batch.rows for document in row.documents]
+    assert sorted(shown) == list(range(40))
+
+
+def test_losses_are_told_once_an_epoch_by_one_rank(cfg: RunConfig, caplog: pytest.LogCaptureFixture) -> None:
+    tight = with_data(cfg, sources=cfg.data.sources[1:], max_images=2)  # seven conversations of thirty have three
+    tight = replace(tight, train=replace(cfg.train, micro_batch_size=1))
+    with build_loader(tight, view=RankView()) as loader:
+        epoch = loader.rows_before_repeat(1000)
+    take(tight, epoch + 1)
+    assert [record.message for record in caplog.records] == [
+        f"source talk: of {30 * n} documents {23 * n} kept, 0 truncated (0 tokens), "
+        f"dropped: {{'more images than data.max_images': {7 * n}}}"
+        for n in (1, 2)
+    ]
+    caplog.clear()
+    for view in (
+        RankView(data_rank=1, data_size=2),
+        RankView(tensor_rank=1, tensor_size=2),
+        RankView(reads_images=False),
+    ):
+        take(tight, 2, view=view)
+    assert not caplog.records
+
+
 def test_mixed_rows_and_weights(cfg: RunConfig) -> None:
     mixed = with_data(cfg, mixture_unit="sample")
     mixed = replace(mixed, train=replace(mixed.train, loss_normalisation="sample"))
@@ -271,6 +343,8 @@ def test_mixed_rows_and_weights(cfg: RunConfig) -> None:
 
 
 def test_wrong_sources(cfg: RunConfig, tmp_path: Path) -> None:
+    digest = Tokenizer(cfg.data.tokenizer).digest
+
     def build(changed: RunConfig, **arguments: bool) -> None:
         build_loader(changed, view=RankView(), **arguments)
 
@@ -282,6 +356,11 @@ def test_wrong_sources(cfg: RunConfig, tmp_path: Path) -> None:
         build(with_data(cfg, sources=cfg.data.sources[:1] * 2))
     with pytest.raises(DataError, match="the manifest is written last"):
         build(with_data(cfg, sources=(SourceConfig(prefix=str(tmp_path / "none")),)))
+    for kind in ("text", "interleaved"):
+        with DatasetWriter(tmp_path / kind, kind=kind, tokenizer_digest=digest, image_sentinel_id=1) as writer:
+            writer.add_document([9, 8, 7, 2])
+        with pytest.raises(DataError, match=f"'{kind}' is of kind '{kind}': splitting of long documents is not there"):
+            build(with_data(cfg, sources=(SourceConfig(prefix=str(tmp_path / kind)),)))
     with pytest.raises(DataError, match="the model has 50"):
         build(replace(cfg, language=LanguageConfig(vocab_size=50)))
     train_character_tokenizer(["abc"], tmp_path / "other.json")

@@ -76,6 +76,19 @@ def test_mixture_counts_are_what_was_chosen() -> None:
     everything = mixture.choose(0, 140_000)
     for index in (0, 1, 65_536, 65_537, 140_000, 3):
         assert mixture.count_before(index).tolist() == np.bincount(everything[:index], minlength=3).tolist()
+    before = np.concatenate(([[0, 0, 0]], np.cumsum(np.eye(3, dtype=np.int64)[everything], axis=0)))
+    for first, step in ((0, 1), (65_530, 1), (3, 4), (131_000, 16)):  # forward by strides, over the ends of blocks
+        for index in range(first, first + 20 * step, step):
+            assert mixture.count_before(index).tolist() == before[index].tolist()
+
+
+def test_counting_forward_looks_at_new_indices_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    mixture, looked_at = Mixture([1, 2], seed=0), []
+    choose = mixture.choose
+    monkeypatch.setattr(mixture, "choose", lambda first, stop: looked_at.append(stop - first) or choose(first, stop))
+    for index in range(65_000, 66_000, 8):
+        mixture.count_before(index)
+    assert looked_at == [65_000] + [8] * 124
     assert Mixture([7], seed=0).choose(0, 5).tolist() == [0] * 5
 
 

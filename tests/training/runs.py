@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import sys
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -35,7 +36,11 @@ class _Trap(io.StringIO):
         return super().write(text)
 
 
-def run_on_rank(argv: list[str], trap: tuple[str, signal.Signals, int] | None = None) -> tuple[int, str]:
+def run_on_rank(
+    argv: list[str],
+    trap: tuple[str, signal.Signals, int] | None = None,
+    prepare: Callable[[Run], None] | None = None,
+) -> tuple[int, str]:
     """Run a command line on this rank."""
     place = rank_place()
     pids: list[int] = [0] * place.world_size
@@ -47,11 +52,17 @@ def run_on_rank(argv: list[str], trap: tuple[str, signal.Signals, int] | None = 
     validate(parsed.config, world_size=place.world_size)
     with StopRequest() as request, ExitStack() as stack:
         run = Run.build(parsed.config, origins=parsed.origins, place=place, stack=stack)
+        if prepare is not None:
+            prepare(run)
         return loop.run(run, request=request), log.getvalue()
 
 
 def run_arguments(
-    argv: list[str], *, world_size: int = 1, trap: tuple[str, signal.Signals, int] | None = None
+    argv: list[str],
+    *,
+    world_size: int = 1,
+    trap: tuple[str, signal.Signals, int] | None = None,
+    prepare: Callable[[Run], None] | None = None,
 ) -> tuple[int, str]:
     """Run a command line on ``world_size`` ranks.
 
@@ -59,11 +70,12 @@ def run_arguments(
         argv: the arguments.
         world_size: ranks.
         trap: (start of a log line, signal, rank): when rank 0 writes the line, the rank gets the signal.
+        prepare: called on every rank between building and training.
 
     Returns:
         The exit code of the loop, equal on all ranks, and what rank 0 wrote.
     """
-    results = run_on_ranks(run_on_rank, world_size, argv=argv, trap=trap)
+    results = run_on_ranks(run_on_rank, world_size, argv=argv, trap=trap, prepare=prepare)
     assert len({code for code, _ in results}) == 1
     return results[0]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,11 +13,13 @@ import torch
 from mm15_megatron.batch import MMBatch
 from mm15_megatron.config.schema import RunConfig
 from mm15_megatron.parallel.topology import close_topology
+from mm15_megatron.training.run import Feed, Run
 from mm15_megatron.training.step import StepOutput, StepParts, accumulate_gradients, apply_gradients, train_step
 
 from ..helpers.layouts import LAYOUTS, Layout, debug_config
 from ..helpers.parity import build_parts, gathered, micro_batches
 from ..helpers.ranks import run_on_ranks
+from .runs import records, run_arguments
 
 Fault = Callable[[MMBatch], MMBatch]
 BAD_STEP = 2
@@ -146,3 +149,36 @@ def test_loss_that_is_not_finite_changes_nothing(layout: str) -> None:
     """Finite gradients do not save the step: parameters and optimizer state stay, and the same step can follow."""
     chosen = SKIPPING[layout]
     run_on_ranks(_refuse_finite_gradients, chosen.world_size, cfg=chosen.apply(debug_config()))
+
+
+class _SpoiledFeed(Feed):
+    """A real feed with two bad steps."""
+
+    def __init__(self, run: Run) -> None:
+        super().__init__(run.feed.loader)
+        self._run = run
+
+    def __next__(self) -> MMBatch:
+        batch = super().__next__()
+        fault = {2: _poison, 3: _without_targets}.get(self._run.state.step + 1)
+        return fault(batch) if fault else batch
+
+
+def _spoil(run: Run) -> None:
+    run.feed = _SpoiledFeed(run)
+
+
+def test_loop_counts_skipped_steps_and_says_why(arguments: Callable[..., list[str]], tmp_path: Path) -> None:
+    """A line for each, a counter that survives a resume, and a schedule that goes on with the rows."""
+    argv = arguments("schedule.warmup_steps=5", "schedule.decay_steps=9")
+    code, log = run_arguments([*argv, "train.steps=4"], world_size=2, prepare=_spoil)
+    assert code == 0
+    assert "step 2 updated nothing: loss nan, gradient norm nan\n" in log
+    assert "step 3 updated nothing: no row of its batch has a target, so its loss is not a number\n" in log
+    _, log = run_arguments([*argv, "train.steps=5"])
+    assert "step 4, 32 rows consumed, 2 updates applied" in log
+    seen = records(tmp_path / "run")
+    assert [record["train/skipped_steps"] for record in seen] == [0, 1, 2, 2, 2]
+    assert [record["train/loss"] is None for record in seen] == [False, True, True, False, False]
+    assert [record["train/targets"] == 0 for record in seen] == [False, False, True, False, False]
+    assert [record["lr/language"] for record in seen] == pytest.approx([2e-4, 4e-4, 6e-4, 8e-4, 1e-3])

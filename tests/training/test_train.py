@@ -7,8 +7,10 @@ import re
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -77,12 +79,12 @@ def test_signal_in_a_validation_is_honoured_after_it(arguments: Arguments, tmp_p
     assert [record["step"] for record in records(tmp_path / "run")] == [1, 2]
 
 
-@pytest.mark.parametrize("before", [0, 2])
+@pytest.mark.parametrize("before", [0, 3])
 def test_signal_while_building_saves_nothing(before: int, arguments: Arguments, tmp_path: Path) -> None:
     """The rank that is told to stop while it builds takes the others along; no step, no new checkpoint."""
     if before:
         run_arguments(arguments(f"train.steps={before}"))
-    code, log = run_arguments(arguments("train.steps=9"), world_size=2, trap=("run\n", signal.SIGUSR1, 1))
+    code, log = run_arguments(arguments("train.steps=9"), world_size=2, trap=("run\n", signal.SIGUSR1, 0))
     assert code == EXIT_INTERRUPTED
     assert f"stopped by SIGUSR1 after step {before};" in log
     assert "saved " not in log
@@ -90,19 +92,41 @@ def test_signal_while_building_saves_nothing(before: int, arguments: Arguments, 
     assert len(records(tmp_path / "run")) == before
 
 
-def test_signal_before_the_data_are_read(arguments: Arguments, data_arguments: list[str], tmp_path: Path) -> None:
-    """The command line is stopped while it waits for its tokenizer: it finishes building and leaves with code 75."""
-    tokenizer = Path(data_arguments[0].removeprefix("data.tokenizer="))
-    pipe = tmp_path / "tokenizer.json"
-    os.mkfifo(pipe)
-    argv = [sys.executable, "-m", "mm15_megatron.train", *arguments(f"data.tokenizer={pipe}")]
-    process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=_environment())
-    with pipe.open("wb") as stream:  # opens when the run does
-        process.send_signal(signal.SIGTERM)
-        stream.write(tokenizer.read_bytes())
-    output, errors = process.communicate(timeout=240)
-    assert process.returncode == EXIT_INTERRUPTED, errors
-    assert "stopped by SIGTERM after step 0;" in output
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+def _wait_for_listener(port: int, process: subprocess.Popen[str]) -> None:
+    while process.poll() is None:
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        time.sleep(0.05)
+    raise AssertionError(process.communicate()[1])
+
+
+def test_signal_while_ranks_meet(arguments: Arguments, tmp_path: Path) -> None:
+    """The command line is stopped while it waits for its other rank: it finishes building and leaves with code 75."""
+    port = _free_port()
+    argv = [sys.executable, "-m", "mm15_megatron.train", *arguments()]
+    meeting = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    ranks: list[subprocess.Popen[str]] = []
+    try:
+        for rank in range(2):
+            env = _environment() | meeting | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            ranks.append(subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env))
+            if rank == 0:
+                _wait_for_listener(port, ranks[0])
+                ranks[0].send_signal(signal.SIGTERM)
+        answers = [process.communicate(timeout=120) for process in ranks]
+    finally:
+        for process in ranks:
+            process.kill()
+            process.wait()
+    assert [process.returncode for process in ranks] == [EXIT_INTERRUPTED] * 2, answers
+    assert "stopped by SIGTERM after step 0;" in answers[0][0]
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
@@ -162,12 +186,12 @@ def test_other_data_is_refused(arguments: Arguments) -> None:
 
 def test_other_data_is_found_before_the_checkpoint_is_read(arguments: Arguments, tmp_path: Path) -> None:
     """What is wrong with the data is said first: the tensors of this checkpoint could not be read at all."""
-    run_arguments(arguments("train.steps=1"))
-    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_00000001" / "tensors")
+    run_arguments(arguments("train.steps=3"))
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_00000003" / "tensors")
     with pytest.raises(RankFailure, match="the order of the training data is not the checkpoint's"):
-        run_arguments(arguments("train.steps=2", "train.seed=5"))
-    with pytest.raises(RankFailure, match="step_00000001/tensors"):
-        run_arguments(arguments("train.steps=2"))
+        run_arguments(arguments("train.steps=4", "train.seed=5"))
+    with pytest.raises(RankFailure, match="step_00000003/tensors"):
+        run_arguments(arguments("train.steps=4"))
 
 
 def _run_in_little_memory(argv: list[str]) -> None:
@@ -181,12 +205,14 @@ def _run_in_little_memory(argv: list[str]) -> None:
     [
         ("data.sources=[{prefix: absent}]", "DataError: no dataset at prefix absent"),
         ("data.tokenizer=absent.json", "DataError: .*absent.json"),
-        ("train.steps=200000", "enough memory"),
+        ("train.steps=200000", "can't allocate memory"),
     ],
 )
 def test_data_are_checked_before_weights_exist(argument: str, message: str, arguments: Arguments) -> None:
     """A model that does not fit into memory is never begun when the data are missing."""
-    argv = ["--preset", "mm1_3b", *arguments()[2:], "parallel.device=cpu", argument]
+    option = argument.partition("=")[0] + "="
+    shared = [given for given in arguments()[2:] if not given.startswith(option)]
+    argv = ["--preset", "mm1_3b", "parallel.device=cpu", "kernels.transformer_impl=local", *shared, argument]
     with pytest.raises(RankFailure, match=message):
         run_on_ranks(_run_in_little_memory, 1, argv=argv)
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
-from dataclasses import asdict, dataclass, field
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -29,7 +29,15 @@ DTYPE_CODES: Final[dict[int, str]] = {
 
 MANIFEST_FORMAT: Final = "mm15-indexed"
 MANIFEST_VERSION: Final = 1
-KINDS: Final = ("captions", "conversations", "text", "interleaved")
+# How each kind becomes tokens: name and version of its template. Raise the number when the same documents would give
+# other ids; the reader refuses datasets of another rendering.
+RENDERINGS: Final[dict[str, str]] = {
+    "captions": "captions-1",
+    "conversations": "llava15-1",
+    "text": "text-1",
+    "interleaved": "interleaved-1",
+}
+KINDS: Final = tuple(RENDERINGS)
 
 _DIGEST_BLOCK: Final = 1 << 16
 _DIGEST_BLOCKS: Final = 64
@@ -103,8 +111,10 @@ class Manifest:
         images: images stored.
         tokenizer_digest: digest of the tokenizer the ids belong to.
         image_sentinel_id: id that stands where an image stands.
+        rendering: name and version of the template that made the tokens (:data:`RENDERINGS`).
         files: one record for each file, keyed by its ending.
         dropped: inputs that were left out when the dataset was built, by reason.
+        meta: JSON of any form about how the dataset was made; never read.
         version: format version.
     """
 
@@ -114,8 +124,10 @@ class Manifest:
     images: int
     tokenizer_digest: str
     image_sentinel_id: int
+    rendering: str
     files: dict[str, FileRecord]
     dropped: dict[str, int] = field(default_factory=dict)
+    meta: dict[str, Any] = field(default_factory=dict)
     version: int = MANIFEST_VERSION
 
     def to_json(self) -> str:
@@ -124,15 +136,15 @@ class Manifest:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the manifest's content: two datasets with the same digest hold the same documents."""
-        return hashlib.sha256(self.to_json().encode()).hexdigest()
+        """SHA-256 of the manifest without ``meta``: two datasets with the same digest hold the same documents."""
+        return hashlib.sha256(replace(self, meta={}).to_json().encode()).hexdigest()
 
 
 def read_manifest(prefix: str | Path) -> Manifest:
     """Read and check ``<prefix>.json``.
 
     Raises:
-        DataError: if it is missing, not JSON, of another format, of a newer version, or lacks a field.
+        DataError: if it is missing, not JSON, of another format, of a newer version, or has other fields.
     """
     path = with_suffix(prefix, ".json")
     if not path.is_file():
@@ -154,6 +166,7 @@ def read_manifest(prefix: str | Path) -> Manifest:
             f"{path} has format version {version}, this program reads up to {MANIFEST_VERSION}",
             fix="update the program, or build the dataset with this version",
         )
+    _check_fields(raw, path)
     try:
         files = {name: FileRecord(**record) for name, record in raw.pop("files").items()}
         manifest = Manifest(files=files, **raw)
@@ -165,6 +178,19 @@ def read_manifest(prefix: str | Path) -> Manifest:
             f"{path} is damaged: kind {manifest.kind!r}, no record of {sorted(missing)}", fix="build the dataset again"
         )
     return manifest
+
+
+def _check_fields(raw: dict[str, Any], path: Path) -> None:
+    required = {f.name for f in fields(Manifest) if f.default is MISSING and f.default_factory is MISSING}
+    unknown = sorted(set(raw) - {f.name for f in fields(Manifest)})
+    missing = sorted(required - set(raw))
+    if unknown:
+        raise DataError(
+            f"{path} has the unknown fields {', '.join(unknown)}",
+            fix="update the program that reads it, or put notes of your own under meta",
+        )
+    if missing:
+        raise DataError(f"{path} lacks the fields {', '.join(missing)}", fix="build the dataset again")
 
 
 def pair_dtype(pair: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from mm15_megatron.data.indexed.format import (
     HEADER,
     INDEX_VERSION,
     MAGIC,
+    RENDERINGS,
     Manifest,
     file_digest,
     pair_dtype,
@@ -75,9 +75,19 @@ class PairReader:
         return len(self.lengths)
 
     def __getitem__(self, index: int) -> npt.NDArray[np.generic]:
-        """Return sequence ``index`` as a read-only view of the mapped file."""
-        start = int(self._pointers[index]) // self.dtype.itemsize
-        return self._values[start : start + int(self.lengths[index])]
+        """Return sequence ``index`` as a read-only view of the mapped file.
+
+        Raises:
+            DataError: if the index points outside the file.
+        """
+        start, length = int(self._pointers[index]) // self.dtype.itemsize, int(self.lengths[index])
+        values = self._values[max(start, 0) : start + length]
+        if start < 0 or len(values) != length:
+            raise DataError(
+                f"sequence {index} of {self.prefix} has {length} values from {start} on, its file {len(self._values)}",
+                fix="the index is damaged: copy or build the dataset again",
+            )
+        return values
 
 
 def _read_header(path: Path) -> tuple[int, int, np.dtype[np.generic]]:
@@ -119,7 +129,8 @@ class IndexedSource:
         image_sizes: uint32 [images, 2], height and width.
 
     Raises:
-        DataError: if anything is missing, truncated, foreign, of a newer version, another kind, or another tokenizer.
+        DataError: if anything is missing, truncated, foreign, of a newer version, or of another kind, rendering or
+            tokenizer.
     """
 
     def __init__(
@@ -127,20 +138,32 @@ class IndexedSource:
     ) -> None:
         self.prefix = Path(prefix)
         self.name = name or self.prefix.name
-        self._tokenizer_digest = tokenizer_digest
-        self._kinds = tuple(kinds)
         self.manifest: Manifest = read_manifest(prefix)
-        self._check_manifest()
+        self._check_manifest(tokenizer_digest, kinds)
         for suffix in suffixes(self.manifest.kind):
             self._check_file(suffix)
-        pairs = {pair: PairReader(with_suffix(prefix, f"_{pair}")) for pair in pair_names(self.manifest.kind)}
-        self._tokens, self._images, self._loss_mask = pairs["tokens"], pairs["images"], pairs.get("loss_mask")
-        self.image_sizes: npt.NDArray[np.uint32] = np.load(with_suffix(prefix, "_image_sizes.npy"), mmap_mode="r")
-        self._check_counts(pairs)
+        self._check_counts(self._open())
 
-    def __reduce__(self) -> tuple[object, ...]:
+    def __getstate__(self) -> tuple[Path, str, Manifest]:
         """Send the prefix, not the mapped bytes, to another process."""
-        return (_reopen, (os.fspath(self.prefix), self.name, self._tokenizer_digest, self._kinds))
+        return self.prefix, self.name, self.manifest
+
+    def __setstate__(self, state: tuple[Path, str, Manifest]) -> None:
+        """Open the files again; they were checked already, so only a new manifest is looked for.
+
+        Raises:
+            DataError: if the dataset was built again in the meantime, or a file is gone.
+        """
+        self.prefix, self.name, self.manifest = state
+        if read_manifest(self.prefix) != self.manifest:
+            raise DataError(f"{self.prefix} was built again since it was opened", fix="start the run again")
+        self._open()
+
+    def _open(self) -> dict[str, PairReader]:
+        pairs = {name: PairReader(with_suffix(self.prefix, f"_{name}")) for name in pair_names(self.kind)}
+        self._tokens, self._images, self._loss_mask = pairs["tokens"], pairs["images"], pairs.get("loss_mask")
+        self.image_sizes: npt.NDArray[np.uint32] = np.load(with_suffix(self.prefix, "_image_sizes.npy"), mmap_mode="r")
+        return pairs
 
     @property
     def kind(self) -> str:
@@ -176,17 +199,22 @@ class IndexedSource:
         """Encoded bytes of image ``item`` of the source, a read-only view of the mapped file."""
         return self._images[item].view(np.uint8)
 
-    def _check_manifest(self) -> None:
+    def _check_manifest(self, tokenizer_digest: str | None, kinds: Sequence[str]) -> None:
         found = self.manifest
-        if self._kinds and found.kind not in self._kinds:
+        if kinds and found.kind not in kinds:
             raise DataError(
-                f"{self.prefix} is a dataset of kind {found.kind!r}, expected {' or '.join(self._kinds)}",
+                f"{self.prefix} is a dataset of kind {found.kind!r}, expected {' or '.join(kinds)}",
                 fix="use a source of the expected kind here",
             )
-        if self._tokenizer_digest is not None and found.tokenizer_digest != self._tokenizer_digest:
+        if found.rendering != RENDERINGS[found.kind]:
+            raise DataError(
+                f"{self.prefix} was rendered as {found.rendering!r}, this program renders {RENDERINGS[found.kind]!r}",
+                fix="build the dataset again with this program",
+            )
+        if tokenizer_digest is not None and found.tokenizer_digest != tokenizer_digest:
             raise DataError(
                 f"{self.prefix} was built with tokenizer {found.tokenizer_digest[:12]}, the run uses "
-                f"{self._tokenizer_digest[:12]}",
+                f"{tokenizer_digest[:12]}",
                 fix="set data.tokenizer to the file the dataset was built with, or build the dataset again",
             )
 
@@ -223,7 +251,3 @@ class IndexedSource:
                 f"{self.manifest.tokens} tokens, the files hold {wrong}",
                 fix="the files belong to different datasets: build the dataset again",
             )
-
-
-def _reopen(prefix: str, name: str, tokenizer_digest: str | None, kinds: tuple[str, ...]) -> IndexedSource:
-    return IndexedSource(prefix, name=name, tokenizer_digest=tokenizer_digest, kinds=kinds)

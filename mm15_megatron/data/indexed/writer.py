@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import fcntl
+import json
 import os
 from array import array
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO
+from typing import Any, BinaryIO, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +22,7 @@ from mm15_megatron.data.indexed.format import (
     INDEX_VERSION,
     KINDS,
     MAGIC,
+    RENDERINGS,
     FileRecord,
     Manifest,
     dtype_code,
@@ -30,7 +34,9 @@ from mm15_megatron.data.indexed.format import (
 )
 from mm15_megatron.errors import DataError
 
-_PARTIAL = ".partial"
+_PARTIAL: Final = ".partial"
+_EVERY_SUFFIX: Final = (*suffixes("conversations"), ".json")  # conversations have all the files a kind can have
+_TOKEN_STOP: Final = 2**31
 
 
 @dataclass(frozen=True)
@@ -100,19 +106,35 @@ class DatasetWriter:
         tokenizer_digest: digest of the tokenizer the ids belong to.
         image_sentinel_id: id that stands where an image stands.
         overwrite: replace a finished dataset of the same prefix.
+        rendering: template that made the tokens; None = the project's own for the kind.
+        meta: JSON about how the dataset is made, for people.
 
     Raises:
-        DataError: if the prefix already holds a dataset and ``overwrite`` is False, or the kind is unknown.
+        DataError: if the prefix already holds a dataset and ``overwrite`` is False, another builder is writing it, the
+            kind is unknown, or ``meta`` is not JSON.
     """
 
     def __init__(
-        self, prefix: str | Path, *, kind: str, tokenizer_digest: str, image_sentinel_id: int, overwrite: bool = False
+        self,
+        prefix: str | Path,
+        *,
+        kind: str,
+        tokenizer_digest: str,
+        image_sentinel_id: int,
+        overwrite: bool = False,
+        rendering: str | None = None,
+        meta: Mapping[str, Any] | None = None,
     ) -> None:
         if kind not in KINDS:
             raise DataError(f"unknown kind of dataset {kind!r}", fix="use one of " + ", ".join(KINDS))
-        if with_suffix(prefix, ".json").exists() and not overwrite:
-            raise DataError(f"{prefix} already holds a dataset", fix="choose another prefix, or pass overwrite=True")
+        try:
+            self._meta = json.loads(json.dumps(dict(meta or {}), allow_nan=False))
+        except (TypeError, ValueError) as error:
+            raise DataError(f"meta of {prefix} is not JSON: {error}", fix="use strings, numbers and lists") from error
         self._prefix = Path(prefix)
+        self._overwrite = overwrite
+        self._rendering = RENDERINGS[kind] if rendering is None else rendering
+        self._held = ExitStack()  # the lock and the temporary files
         self._kind = kind
         self._tokenizer_digest = tokenizer_digest
         self._sentinel = image_sentinel_id
@@ -135,12 +157,30 @@ class DatasetWriter:
         return self._manifest
 
     def __enter__(self) -> DatasetWriter:
-        """Create the folder and open the temporary files."""
+        """Create the folder, keep other builders out, and open the temporary files (those of a killed builder go)."""
         self._prefix.parent.mkdir(parents=True, exist_ok=True)
+        with ExitStack() as stack:
+            _lock(self._prefix, stack)
+            stack.callback(self._clean)
+            self._open()
+            self._held = stack.pop_all()
+        return self
+
+    def _open(self) -> None:
+        if with_suffix(self._prefix, ".json").exists() and not self._overwrite:
+            raise DataError(
+                f"{self._prefix} already holds a dataset", fix="choose another prefix, or pass overwrite=True"
+            )
         for name in pair_names(self._kind):
             paths = self._partial(f"_{name}.bin"), self._partial(f"_{name}.idx")
             self._pairs[name] = PairWriter(*paths, dtype=pair_dtype(name))
-        return self
+
+    def _clean(self) -> None:
+        for pair in self._pairs.values():
+            pair.abandon()
+        for path in map(self._partial, _EVERY_SUFFIX):
+            if path.is_file():
+                path.unlink()
 
     def add_document(
         self,
@@ -157,10 +197,11 @@ class DatasetWriter:
             loss_mask: 1 where the token is a target; required for conversations and refused for other kinds.
 
         Raises:
-            DataError: if sentinels and images, or tokens and mask, disagree in number.
+            DataError: if sentinels and images, or tokens and mask, disagree in number, an id is not an integer in
+                [0, 2 ** 31), or a mask value is not 0 or 1.
         """
         where = f"document {self._documents} of {self._prefix}"
-        ids = np.asarray(tokens, dtype=np.int32)
+        ids = _integers(tokens, "int32", stop=_TOKEN_STOP, what=f"{where}: token")
         sentinels = int(np.count_nonzero(ids == self._sentinel))
         if sentinels != len(images):
             raise DataError(
@@ -176,7 +217,7 @@ class DatasetWriter:
                 raise DataError(
                     f"{where} has {ids.size} tokens and {len(loss_mask)} mask values", fix="give one a token"
                 )
-            self._pairs["loss_mask"].add(np.asarray(loss_mask, dtype=np.uint8))
+            self._pairs["loss_mask"].add(_integers(loss_mask, "uint8", stop=2, what=f"{where}: loss mask value"))
         self._pairs["tokens"].add(ids)
         for image in images:
             self._pairs["images"].add(np.frombuffer(image.data, dtype=np.uint8))
@@ -194,14 +235,9 @@ class DatasetWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Publish the dataset, or remove every temporary file when the block (or publishing) failed."""
-        try:
+        with self._held:
             if kind is None:
                 self._publish()
-        finally:
-            for pair in self._pairs.values():
-                pair.abandon()
-            for suffix in (*suffixes(self._kind), ".json"):
-                self._partial(suffix).unlink(missing_ok=True)
 
     def _partial(self, suffix: str) -> Path:
         return with_suffix(self._prefix, suffix + _PARTIAL)
@@ -225,8 +261,10 @@ class DatasetWriter:
             images=len(sizes),
             tokenizer_digest=self._tokenizer_digest,
             image_sentinel_id=self._sentinel,
+            rendering=self._rendering,
             files=files,
             dropped=dict(self._dropped),
+            meta=self._meta,
         )
         with self._partial(".json").open("wb") as stream:
             stream.write(manifest.to_json().encode())
@@ -234,10 +272,42 @@ class DatasetWriter:
             os.fsync(stream.fileno())
         # A kill between two renames must not leave an old manifest beside new files.
         with_suffix(self._prefix, ".json").unlink(missing_ok=True)
-        for suffix in (*suffixes(self._kind), ".json"):
+        for suffix in set(_EVERY_SUFFIX) - set(files):  # of a dataset of another kind
+            with_suffix(self._prefix, suffix).unlink(missing_ok=True)
+        for suffix in (*files, ".json"):
             os.replace(self._partial(suffix), with_suffix(self._prefix, suffix))
         _sync_folder(self._prefix.parent)
         self._manifest = manifest
+
+
+def _integers(values: Sequence[int], dtype: str, *, stop: int, what: str) -> npt.NDArray[np.generic]:
+    """Return the values in ``dtype``; refuse what is not an integer in [0, stop), never round or wrap."""
+    found = np.asarray(values)
+    if found.size and (found.ndim != 1 or found.dtype.kind not in "iub" or found.min() < 0 or found.max() >= stop):
+        whole = (int, np.integer, np.bool_)
+        items = found.tolist() if found.dtype.kind in "iub" else values
+        wrong = next(value for value in items if not (isinstance(value, whole) and 0 <= value < stop))
+        raise DataError(f"{what} {wrong!r}", fix=f"give one flat sequence of integers from 0 to {stop - 1}")
+    return found.astype(dtype)
+
+
+def _lock(prefix: Path, stack: ExitStack) -> None:
+    """Hold ``<prefix>.lock`` until the stack unwinds; the system frees the lock of a builder that was killed."""
+    path = with_suffix(prefix, ".lock")
+    stream = stack.enter_context(path.open("ab"))
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise DataError(
+            f"another builder is writing {prefix}: it holds {path}", fix="wait for it, or choose another prefix"
+        ) from error
+    except OSError as error:
+        raise DataError(
+            f"{path} cannot be locked: {error}", fix="build on a file system with file locks, then copy the dataset"
+        ) from error
+    if os.fstat(stream.fileno()).st_nlink == 0:  # removed between opening and locking: not the lock others will take
+        raise DataError(f"another builder has just finished {prefix}", fix="look at what it wrote, then start again")
+    stack.callback(path.unlink)
 
 
 def _sync_and_close(stream: BinaryIO) -> None:

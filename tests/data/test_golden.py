@@ -1,0 +1,119 @@
+"""Literal values of everything that decides which row comes when, so that no constant changes unnoticed.
+
+A run continues from its checkpoint only while these hold. If one of them has to change, raise
+``packing.PACKING_VERSION`` with it (and the rendering's number in ``indexed.format.RENDERINGS`` for a template): a run
+from before is then refused with a message, instead of going on with other rows.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mm15_megatron.config.schema import TilingConfig
+from mm15_megatron.data.captions import encode_caption
+from mm15_megatron.data.indexed.format import RENDERINGS
+from mm15_megatron.data.indexed.reader import IndexedSource
+from mm15_megatron.data.indexed.writer import DatasetWriter
+from mm15_megatron.data.mixture import Mixture
+from mm15_megatron.data.packing import PACKING_VERSION, Measured, PackingRules, pack_rows
+from mm15_megatron.data.permutation import derive_key, permute
+from mm15_megatron.data.row_order import RowOrder, order_digest
+from mm15_megatron.data.sft import Turn, render
+from mm15_megatron.data.tokenizer import Tokenizer
+
+RULES = PackingRules(
+    seq_length=32,
+    slots_per_tile=4,
+    tile_size=14,
+    tiling=TilingConfig(mode="none"),
+    max_images=4,
+    max_tiles=8,
+    image_sentinel_id=3,
+)
+
+
+def text_source(path: Path, lengths: list[int]) -> IndexedSource:
+    with DatasetWriter(path, kind="text", tokenizer_digest="", image_sentinel_id=3) as writer:
+        for length in lengths:
+            writer.add_document([9] * length)
+    return IndexedSource(path)
+
+
+def test_version() -> None:
+    assert PACKING_VERSION == 1, "write down the new values of this file"
+
+
+def test_keys() -> None:
+    assert derive_key(1) == 9839846683125730088
+    assert derive_key(1, "epoch", 0, 3) == 3690412825128455691
+
+
+def test_permutation() -> None:
+    assert permute(np.arange(10), 10, key=7).tolist() == [7, 1, 8, 5, 4, 6, 0, 9, 2, 3]
+    assert permute(np.array([0, 1, 99_999]), 100_000, key=7).tolist() == [50627, 78882, 4201]
+
+
+def test_mixture() -> None:
+    mixture = Mixture([0.5, 0.3, 0.2], seed=1)
+    assert mixture.choose(0, 12).tolist() == [0, 1, 0, 2, 1, 0, 1, 0, 2, 1, 0, 2]
+    assert mixture.choose(10**12, 10**12 + 12).tolist() == [2, 1, 0, 1, 0, 0, 1, 0, 2, 0, 0, 1]
+    assert mixture.count_before(100_000).tolist() == [50002, 29999, 19999]
+
+
+def test_rows_are_closed_by_each_cap() -> None:
+    lengths = [20, 12, 1, 8, 8, 8, 8, 30, 2, 2]
+    images = [0, 0, 1, 2, 2, 1, 0, 0, 1, 0]
+    tiles = [0, 0, 1, 2, 2, 5, 4, 0, 1, 0]
+    measured = Measured(*(np.array(values) for values in (lengths, images, tiles)))
+    assert pack_rows(measured, RULES).tolist() == [0, 2, 4, 6, 7, 9, 10]
+
+
+@pytest.mark.parametrize(
+    ("unit", "rows"),
+    [
+        (
+            "row",
+            [
+                ((0, 2), (0, 4), (0, 3), (0, 0)),
+                ((0, 1),),
+                ((0, 2), (0, 3), (0, 0), (0, 1)),
+                ((1, 1), (1, 0), (1, 2)),
+                ((0, 4),),
+                ((0, 0), (0, 3), (0, 4), (0, 2)),
+            ],
+        ),
+        (
+            "sample",
+            [
+                ((0, 2), (0, 4), (0, 3), (1, 1)),
+                ((0, 0), (0, 1)),
+                ((1, 0),),
+                ((0, 2), (1, 2), (0, 3), (0, 0)),
+                ((1, 1), (0, 1), (0, 4), (1, 2)),
+                ((0, 0), (1, 0), (0, 3)),
+            ],
+        ),
+    ],
+)
+def test_rows(tmp_path: Path, unit: str, rows: list[tuple[tuple[int, int], ...]]) -> None:
+    sources = [text_source(tmp_path / "a", [4, 9, 14, 3, 8]), text_source(tmp_path / "b", [20, 6, 6])]
+    order = RowOrder(sources, [2, 1], RULES, seed=1, unit=unit, shuffle=True)
+    assert [order.row(row).samples for row in range(6)] == rows
+
+
+def test_digest_of_the_order() -> None:
+    digest = order_digest(RULES, ["aa", "bb"], [0.75, 0.25], seed=1, unit="row", shuffle=True)
+    assert digest == "8e10e71bc4f15220e4f28b0a755a359f31efc4c0535201bb5abebac7651d076d"
+
+
+def test_renderings(tokenizer: Tokenizer) -> None:
+    assert (RENDERINGS["captions"], RENDERINGS["conversations"]) == ("captions-1", "llava15-1")
+    assert encode_caption("a cat", tokenizer) == [tokenizer.image_id, *tokenizer.encode("a cat"), tokenizer.eos_id]
+    pieces = render([Turn("user", "<image>\nWhat?"), Turn("assistant", "7")])
+    assert [(piece.text, piece.target) for piece in pieces] == [
+        ("USER: <image>\nWhat? ASSISTANT:", False),
+        (" 7", True),
+    ]
