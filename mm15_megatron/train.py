@@ -36,6 +36,8 @@ def _train(parsed: ParsedRun) -> int:
     # megatron-core warns at import about every optional library that is absent; which ones are used is decided by the
     # configuration, not by what is installed. Imported here so that --help and --print-config need no torch.
     warnings.filterwarnings("ignore", module=r"megatron\.")
+    # Its calls of collectives that torch is about to rename are not the user's to mend either.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     from mm15_megatron.config.validate import validate
     from mm15_megatron.parallel.rendezvous import discover
     from mm15_megatron.training import loop
