@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 
 from mm15_megatron.data.captions import build_captions
@@ -95,6 +97,30 @@ def test_torchrun_tensor_parallel(arguments: list[str], straight: list[float], t
     layout = ["parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true"]
     run(torchrun(arguments, tmp_path, *layout), environment())
     assert losses(tmp_path) == pytest.approx(straight, abs=FP32_DRIFT)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_signal_to_every_process_of_a_run(number: signal.Signals, arguments: list[str], tmp_path: Path) -> None:
+    """Launchers signal the whole group: data workers and their server leave it to the training process, which saves."""
+    command = [sys.executable, *TRAIN, *arguments, f"train.run_dir={tmp_path}", "data.num_workers=2"]
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(command, env=environment(), cwd=ROOT, stdout=log, stderr=log, start_new_session=True)
+    metrics = tmp_path / "metrics.jsonl"
+    wait_for(lambda: metrics.exists() and "\n" in metrics.read_text(), seconds=120, what="step 1", log=tmp_path / "log")
+    children = psutil.Process(process.pid).children(recursive=True)
+    assert len(children) >= 4, "two workers, the server that forks them, Python's resource tracker"
+    for child in children:
+        assert _leaves_alone(child.pid, number), f"{child.cmdline()} would be ended by {number.name}"
+    os.killpg(process.pid, number)
+    assert process.wait(timeout=120) == 75, (tmp_path / "log").read_text()[-4000:]
+    assert (tmp_path / "checkpoints" / "latest").exists()
+
+
+def _leaves_alone(pid: int, number: int) -> bool:
+    """Whether a process blocks or ignores a signal."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    status = dict(line.split(":\t", 1) for line in lines if ":\t" in line)
+    return bool((int(status["SigBlk"], 16) | int(status["SigIgn"], 16)) >> (number - 1) & 1)
 
 
 def wait_for(ready: Callable[[], bool], *, seconds: float, what: str, log: Path) -> None:
