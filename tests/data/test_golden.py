@@ -12,34 +12,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mm15_megatron.config.schema import TilingConfig
 from mm15_megatron.data.captions import encode_caption
 from mm15_megatron.data.indexed.format import RENDERINGS
-from mm15_megatron.data.indexed.reader import IndexedSource
-from mm15_megatron.data.indexed.writer import DatasetWriter
 from mm15_megatron.data.mixture import Mixture
-from mm15_megatron.data.packing import PACKING_VERSION, Measured, PackingRules, pack_rows
+from mm15_megatron.data.packing import PACKING_VERSION, Measured, pack_rows
 from mm15_megatron.data.permutation import derive_key, permute
 from mm15_megatron.data.row_order import RowOrder, order_digest
 from mm15_megatron.data.sft import Turn, render
 from mm15_megatron.data.tokenizer import Tokenizer
-
-RULES = PackingRules(
-    seq_length=32,
-    slots_per_tile=4,
-    tile_size=14,
-    tiling=TilingConfig(mode="none"),
-    max_images=4,
-    max_tiles=8,
-    image_sentinel_id=3,
-)
-
-
-def text_source(path: Path, lengths: list[int]) -> IndexedSource:
-    with DatasetWriter(path, kind="text", tokenizer_digest="", image_sentinel_id=3) as writer:
-        for length in lengths:
-            writer.add_document([9] * length)
-    return IndexedSource(path)
+from tests.data.rows import RULES, text_source
 
 
 def test_version() -> None:

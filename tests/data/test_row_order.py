@@ -8,34 +8,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mm15_megatron.config.schema import TilingConfig
 from mm15_megatron.data import row_order
 from mm15_megatron.data.batch_plan import BatchPlan
 from mm15_megatron.data.indexed.reader import IndexedSource
-from mm15_megatron.data.indexed.writer import DatasetWriter
 from mm15_megatron.data.mixture import Mixture
-from mm15_megatron.data.packing import PackingRules
 from mm15_megatron.data.permutation import derive_key, permute
 from mm15_megatron.data.row_order import EpochOrder, RowOrder
 from mm15_megatron.errors import ConfigError, DataError
+from tests.data.rows import RULES, text_source
 
-RULES = PackingRules(
-    seq_length=32,
-    slots_per_tile=4,
-    tile_size=14,
-    tiling=TilingConfig(mode="none"),
-    max_images=4,
-    max_tiles=8,
-    image_sentinel_id=3,
-)
 SHARE_TOLERANCE = 3  # rows: how far a golden-ratio sequence strays from its share over any stretch
-
-
-def text_source(path: Path, lengths: list[int]) -> IndexedSource:
-    with DatasetWriter(path, kind="text", tokenizer_digest="", image_sentinel_id=3) as writer:
-        for length in lengths:
-            writer.add_document([9] * length)
-    return IndexedSource(path)
 
 
 @pytest.fixture(scope="module")

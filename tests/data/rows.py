@@ -1,0 +1,28 @@
+"""Packing rules and a source that need no tokenizer and no image, for tests of the order of rows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mm15_megatron.config.schema import TilingConfig
+from mm15_megatron.data.indexed.reader import IndexedSource
+from mm15_megatron.data.indexed.writer import DatasetWriter
+from mm15_megatron.data.packing import PackingRules
+
+RULES = PackingRules(
+    seq_length=32,
+    slots_per_tile=4,
+    tile_size=14,
+    tiling=TilingConfig(mode="none"),
+    max_images=4,
+    max_tiles=8,
+    image_sentinel_id=3,
+)
+
+
+def text_source(path: Path, lengths: list[int]) -> IndexedSource:
+    """A source of one text document for each length."""
+    with DatasetWriter(path, kind="text", tokenizer_digest="", image_sentinel_id=3) as writer:
+        for length in lengths:
+            writer.add_document([9] * length)
+    return IndexedSource(path)
