@@ -52,6 +52,22 @@ class RowRecord:
 
 
 @dataclass(frozen=True)
+class StepCounts:
+    """What this data-parallel rank's rows of one whole step hold, known before the first of them is computed.
+
+    The router losses are normalised by the tokens and the language loss by the targets of the global batch; their
+    gradients meet in one backward pass, so the ratio is needed when it starts.
+
+    Attributes:
+        targets: sum of the target weights (``loss_mask_T``) of the rank's rows.
+        tokens: tokens of the rank's rows that are not padding.
+    """
+
+    targets: float
+    tokens: int
+
+
+@dataclass(frozen=True)
 class MMBatch:
     """One micro-batch for one rank.
 
@@ -72,6 +88,8 @@ class MMBatch:
         slots_NP: int64 [N_all, P], positions in T that the tiles of the *whole tensor-parallel group* own, in tile
             order; the features of padding and dummy tiles come after the first N_all and are dropped by index.
         rows: one record for each row.
+        step_counts: on the first micro-batch of a step, what all micro-batches of this rank's step hold together; None
+            on the others.
     """
 
     segment_bounds_G: torch.Tensor
@@ -84,6 +102,7 @@ class MMBatch:
     tiles_N3HW: torch.Tensor | None = None
     slots_NP: torch.Tensor | None = None
     rows: tuple[RowRecord, ...] = field(default=())
+    step_counts: StepCounts | None = None
 
     @property
     def num_tokens(self) -> int:
