@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from mm15_megatron.accounting import (
+    chunk_layers,
     connector_forward_flops,
     connector_parameters,
     device_peak_tflops,
@@ -20,6 +21,7 @@ from mm15_megatron.accounting import (
     resolved_learning_rate,
     sparse_layers,
     stage_costs,
+    stage_layers,
     step_flops,
     vision_forward_flops,
     vision_parameters,
@@ -128,6 +130,32 @@ def test_average_pool_is_one_linear_layer():
     assert connector_forward_flops(cfg).total == 2 * 144 * 1280 * 3072
 
 
+@pytest.mark.parametrize(("size", "billions"), [("600m", 0.68), ("1b", 1.21), ("3b", 2.72)])
+def test_aim_encoders(size, billions):
+    vision = resolve(f"mm1_encoder_aim_{size}").vision
+    d = vision.hidden_size
+    assert vision_parameters(vision) == pytest.approx(billions * BILLION, rel=PRINTED_3)
+    assert vision_parameters(vision) == (3 * 14**2 + 1) * d + 24 * (12 * d**2 + 4 * d) + 4 * d
+
+
+def test_sincos_positions_cost_nothing():
+    vision = resolve("mm1_encoder_aim_600m").vision
+    assert vision_parameters(replace(vision, image_size=672)) == vision_parameters(vision)
+    learned = replace(vision, position_embedding="learned")
+    assert vision_parameters(learned) == vision_parameters(vision) + 16**2 * 1536
+
+
+def test_attention_pool_by_hand():
+    cfg = resolve("mm1_connector_attention_pool_336_144")
+    d = c = 1024
+    h, tokens, patches = 2048, 144, 24**2
+    projections, norms, positions = c * c + 2 * d * c, 2 * (c + d), patches * d
+    assert connector_parameters(cfg) == tokens * c + positions + norms + projections + c * h + h
+    flops = connector_forward_flops(cfg)
+    assert flops.weights == 2 * (patches * d * 2 * c + tokens * c * h)
+    assert flops.attention == 2 * (2 * tokens * patches * c)  # scores and weighted values
+
+
 def test_padded_vocabulary():
     assert padded_vocab_size(apply_overrides(resolve("debug_dense"), ["language.vocab_size=257"])) == 384
 
@@ -213,17 +241,54 @@ def test_planned_tiles(preset, tiles):
 
 
 @pytest.mark.parametrize("stages", [2, 4, 8])
-def test_pipeline_split_is_the_best_that_megatron_allows(stages):
+def test_pipeline_split_is_the_best(stages):
     cfg = apply_overrides(resolve("mm1_30b"), [f"parallel.pipeline_model_parallel_size={stages}"])
     chosen = pipeline_layer_split(cfg)
     assert sum(chosen) == 48
     assert len(chosen) == stages
-    assert len(set(chosen[1:])) == 1
+    assert max(chosen[1:]) - min(chosen[1:]) <= 1
+    assert list(chosen[1:]) == sorted(chosen[1:], reverse=True)
     slowest = max(stage_costs(cfg, chosen))
     for first in range(1, 48 - stages + 2):
         rest, left = divmod(48 - first, stages - 1)
-        if left == 0:
-            assert max(stage_costs(cfg, (first,) + (rest,) * (stages - 1))) >= slowest
+        split = (first, *(rest + (i < left) for i in range(stages - 1)))
+        assert max(stage_costs(cfg, split)) >= slowest
+
+
+def test_interleaved_split():
+    cfg = apply_overrides(
+        resolve("mm1_30b"),
+        ["parallel.pipeline_model_parallel_size=4", "parallel.virtual_pipeline_model_parallel_size=3"],
+    )
+    split = pipeline_layer_split(cfg)
+    assert len(split) == 12
+    assert sum(split) == 48
+    assert [len(layers) for layers in chunk_layers(cfg)] == list(split)
+    assert [layer for layers in chunk_layers(cfg) for layer in layers] == list(range(48))
+    held = [stage_layers(cfg, stage) for stage in range(4)]
+    assert sorted(layer for layers in held for layer in layers) == list(range(48))
+    assert held[1] == tuple(layer for piece in (1, 5, 9) for layer in chunk_layers(cfg)[piece])
+    assert sum(stage_costs(cfg, split)) == pytest.approx(step_flops(cfg, rows=1, tiles=16).total, rel=1e-12)
+
+
+def test_interleaving_keeps_more_activations():
+    pp4 = ["parallel.pipeline_model_parallel_size=4", "parallel.num_layers_in_first_pipeline_stage=12"]
+    plain = apply_overrides(resolve("mm1_30b"), pp4)
+    interleaved = apply_overrides(
+        plain,
+        ["parallel.virtual_pipeline_model_parallel_size=3", "parallel.num_layers_in_first_pipeline_stage=4"],
+    )
+    last = [memory_estimate(cfg, world_size=32, stage=3) for cfg in (plain, interleaved)]
+    assert last[0].parameters == last[1].parameters
+    assert last[1].activations > last[0].activations  # 9 passes of a third of the layers against 1 of all
+
+
+def test_memory_of_attention_pooling():
+    pool = apply_overrides(resolve("debug_dense"), ["connector.kind=attention_pool", "connector.num_attention_heads=2"])
+    average = apply_overrides(pool, ["connector.kind=average_pool"])
+    kept = [memory_estimate(cfg, world_size=1).activations for cfg in (pool, average)]
+    tiles = planned_tiles_per_row(pool) * pool.train.micro_batch_size
+    assert kept[0] - kept[1] == 4 * tiles * (2 * 16 * (32 + 16) + 2 * 4 * 16)
 
 
 def test_pipeline_split_of_small_models():
@@ -244,7 +309,7 @@ def test_stage_costs_add_up():
     "overrides",
     [
         ["parallel.pipeline_model_parallel_size=5"],
-        ["parallel.pipeline_model_parallel_size=3", "parallel.num_layers_in_first_pipeline_stage=1"],
+        ["parallel.pipeline_model_parallel_size=3", "parallel.num_layers_in_first_pipeline_stage=3"],
     ],
 )
 def test_impossible_pipeline_split(overrides):

@@ -29,10 +29,10 @@ def evaluate(run_dir: Path, data: Path) -> int:
     from examples.quickstart.answering import draw_answers, evaluate_all
     from mm15_megatron.evaluation.report import write_report
     from mm15_megatron.evaluation.restore import restore_model
-    from mm15_megatron.parallel.rendezvous import discover
+    from mm15_megatron.parallel.rendezvous import discover, leave_together
 
     place = discover()
-    with ExitStack() as stack:
+    with leave_together(place), ExitStack() as stack:
         restored = restore_model(str(run_dir), place=place, stack=stack)
         figures, asked, answers = evaluate_all(restored, data=data)
         if place.rank == 0:

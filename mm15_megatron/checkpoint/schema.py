@@ -84,7 +84,7 @@ def state_to_save(
     for chunk in chunks:
         if chunk.ddp_config.overlap_param_gather:
             chunk.start_param_sync(force_sync=True)  # otherwise the next forward pass would fetch the last update
-    mine = _written_here(list(global_parameters(unwrapped(chunks))), topology=topology)
+    mine = _written_here(list(global_parameters(unwrapped(chunks))))
     tensors = {}
     for item in mine.values():
         key = model_key(item.name)
@@ -144,20 +144,19 @@ def expected_shapes(chunks: Sequence[nn.Module], *, with_optimizer: bool) -> dic
     return shapes
 
 
-def _written_here(items: Sequence[GlobalParameter], *, topology: Topology) -> dict[nn.Parameter, GlobalParameter]:
-    """Choose the parameters this rank writes: one writer a shard, spread by size over the data-parallel ranks."""
-    loads = [0] * topology.data_size
-    owner: dict[nn.Parameter, int] = {}
-    for item in sorted(items, key=lambda item: (-item.parameter.numel(), item.name)):
-        owner[item.parameter] = loads.index(min(loads))
-        loads[owner[item.parameter]] += item.parameter.numel()
-    return {
-        item.parameter: item
-        for item in items
-        if owner[item.parameter] == topology.data_rank
-        and not item.tied_copy
-        and (item.split_dim is not None or topology.tensor_rank == 0)
-    }
+def _written_here(items: Sequence[GlobalParameter]) -> dict[nn.Parameter, GlobalParameter]:
+    """Choose the parameters this rank writes: one writer a shard, spread by size over the ranks that hold it."""
+    mine: dict[nn.Parameter, GlobalParameter] = {}
+    for group in {item.data_group for item in items}:
+        loads = [0] * group.size()
+        held = [item for item in items if item.data_group == group]
+        for item in sorted(held, key=lambda item: (-item.parameter.numel(), item.name)):
+            owner = loads.index(min(loads))
+            loads[owner] += item.parameter.numel()
+            whole_elsewhere = item.split_dim is None and item.tensor_group.rank() != 0
+            if owner == group.rank() and not item.tied_copy and not whole_elsewhere:
+                mine[item.parameter] = item
+    return {item.parameter: item for item in items if item.parameter in mine}
 
 
 def _sharded(item: GlobalParameter, key: str, tensor: torch.Tensor) -> ShardedTensor:

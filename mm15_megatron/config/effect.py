@@ -68,17 +68,41 @@ class Row:
     idle: Callable[[_Situation], bool]
 
 
+def _connector_stores_positions(cfg: RunConfig) -> bool:
+    return cfg.connector.position_embedding and cfg.connector.kind != "average_pool"
+
+
 TABLE: tuple[Row, ...] = (
     Row(
         "moe.moe_layer_period moe.moe_router_topk moe.moe_aux_loss_coeff moe.moe_z_loss_coeff "
-        "moe.moe_expert_capacity_factor parallel.expert_model_parallel_size parallel.expert_tensor_parallel_size",
+        "moe.moe_expert_capacity_factor moe.moe_router_load_balancing_type parallel.expert_tensor_parallel_size",
         "the model is dense (moe.num_moe_experts = 0)",
         lambda s: s.cfg.moe.num_moe_experts == 0,
     ),
     Row(
-        "connector.hidden_size connector.depth connector.mlp_depth connector.position_embedding connector.norm_epsilon",
+        "moe.moe_capacity_group_size moe.moe_token_drop_policy",
+        "no token is dropped (moe.num_moe_experts = 0, or moe.moe_expert_capacity_factor = null)",
+        lambda s: s.cfg.moe.num_moe_experts == 0 or s.cfg.moe.moe_expert_capacity_factor is None,
+    ),
+    Row(
+        "connector.hidden_size connector.position_embedding connector.norm_epsilon",
         "average pooling has none (connector.kind = average_pool)",
         lambda s: s.cfg.connector.kind == "average_pool",
+    ),
+    Row(
+        "connector.depth connector.mlp_depth",
+        "they size the C-Abstractor (connector.kind = c_abstractor)",
+        lambda s: s.cfg.connector.kind != "c_abstractor",
+    ),
+    Row(
+        "connector.num_attention_heads",
+        "only attention pooling has heads (connector.kind)",
+        lambda s: s.cfg.connector.kind != "attention_pool",
+    ),
+    Row(
+        "vision.position_grid_size",
+        "sin-cos positions are computed for any grid, and the connector stores no table either",
+        lambda s: s.cfg.vision.position_embedding == "sincos" and not _connector_stores_positions(s.cfg),
     ),
     Row(
         "optimizer.vision_lr kernels.recompute_vision",
@@ -138,6 +162,11 @@ TABLE: tuple[Row, ...] = (
         "kernels.recompute_num_layers",
         "only kernels.recompute_granularity = full recomputes whole layers",
         lambda s: s.cfg.kernels.recompute_granularity != "full",
+    ),
+    Row(
+        "data.row_dealing",
+        "one data-parallel rank takes every row, in order",
+        lambda s: s.data_parallel == 1,
     ),
     Row(
         "data.prefetch_factor",

@@ -2,7 +2,7 @@
 
 A run is described by :class:`RunConfig`, one frozen section for each concern. Sections hold plain values (int, float,
 str, bool, None, tuples and nested frozen dataclasses), never derived ones: what follows from other values is a property
-or a function of ``accounting.py``. Names are megatron-core's for what is megatron-core's and the papers' for what is
+or a function of ``accounting``. Names are megatron-core's for what is megatron-core's and the papers' for what is
 theirs.
 """
 
@@ -39,21 +39,35 @@ class LanguageConfig:
 
 @dataclass(frozen=True)
 class MoEConfig:
-    """Sparse decoder layers; num_moe_experts = 0 is a dense model."""
+    """Sparse decoder layers (MM1 section 4); num_moe_experts = 0 is a dense model."""
 
     num_moe_experts: int = option(0, "experts of a sparse layer; 0 = dense model", flag="num-experts")
     moe_layer_period: int = option(2, "one sparse layer in this many; the LAST layer of each group is sparse")
     moe_router_topk: int = option(2, "experts a token visits (MM1: top-2)")
     moe_aux_loss_coeff: float = option(0.01, "load-balance loss weight (MM1: 0.01)")
     moe_z_loss_coeff: float = option(0.001, "router z-loss weight (MM1: 0.001)")
+    moe_router_load_balancing_type: str = option(
+        "seq_aux_loss",
+        "what the balance loss of a row counts: seq_aux_loss = all choices of a token, gshard_top1 = its first one",
+        choices=("seq_aux_loss", "gshard_top1"),
+    )
     moe_expert_capacity_factor: float | None = option(
         None, "capacity factor in megatron-core's convention (AXLearn's 2.0 is 1.0 here); None = dropless"
+    )
+    moe_capacity_group_size: int = option(
+        256, "tokens that share the experts' capacity (a GShard group); divides the tokens of every rank"
+    )
+    moe_token_drop_policy: str = option(
+        "position",
+        "who stays when an expert is full: position = first choices before second ones, in token order (GShard); "
+        "probs = the largest gates",
+        choices=("position", "probs"),
     )
 
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """The ViT image encoder (CLIP ViT-L/14 and ViT-H/14)."""
+    """The ViT image encoder (CLIP ViT-L/14 and ViT-H/14; AIM with the options of its release)."""
 
     num_layers: int = option(32, "encoder blocks")
     hidden_size: int = option(1280, "width of the encoder")
@@ -61,10 +75,22 @@ class VisionConfig:
     ffn_hidden_size: int = option(5120, "inner width of the MLP")
     patch_size: int = option(14, "side of a patch, pixels")
     image_size: int = option(378, "side of a tile, pixels; a multiple of patch_size")
+    position_embedding: str = option(
+        "learned",
+        "positions of patches: learned = a stored table (CLIP); sincos = fixed 2-D sines and cosines (AIM)",
+        choices=("learned", "sincos"),
+    )
     position_grid_size: int = option(
         0,
         "grid side of the stored position embedding; 0 = image_size / patch_size; another value is interpolated",
     )
+    pre_layernorm: str = option(
+        "tokens",
+        "the LayerNorm before the blocks: tokens = after class token and positions (CLIP); patches = before them (AIM)",
+        choices=("tokens", "patches"),
+    )
+    patch_bias: bool = option(False, "a bias on the patch embedding (CLIP: no; AIM: yes)")
+    add_bias_linear: bool = option(True, "biases in the linear layers of the blocks (CLIP: yes; AIM: no)")
     activation: str = option("quick_gelu", "MLP activation", choices=("gelu", "quick_gelu"))
     class_token: bool = option(True, "a learned class token at index 0, dropped from the features")
     norm_epsilon: float = option(1e-5, "LayerNorm epsilon")
@@ -93,13 +119,21 @@ class VisionConfig:
 class ConnectorConfig:
     """What turns patch features into language tokens (MM1 section 3.2; sizes are Honeybee's released ones)."""
 
-    kind: str = option("c_abstractor", "connector", choices=("c_abstractor", "average_pool"))
-    num_tokens: int = option(144, "language tokens a tile becomes; a perfect square (64, 81 or 144)")
-    hidden_size: int = option(1024, "width of the C-Abstractor's convolutions")
+    kind: str = option("c_abstractor", "connector", choices=("c_abstractor", "average_pool", "attention_pool"))
+    num_tokens: int = option(
+        144, "language tokens a tile becomes; a perfect square (64, 81 or 144) unless attention pools"
+    )
+    hidden_size: int = option(1024, "width of the C-Abstractor's convolutions, or of attention pooling")
     depth: int = option(3, "residual blocks before and after the pooling")
     mlp_depth: int = option(2, "linear layers of the output MLP")
+    num_attention_heads: int = option(16, "heads of attention pooling; they divide hidden_size (unpublished)")
     position_embedding: bool = option(True, "learned position embedding on the input grid")
-    norm_epsilon: float = option(1e-5, "LayerNorm2d epsilon")
+    norm_epsilon: float = option(1e-5, "LayerNorm epsilon")
+
+    @property
+    def pools_grid(self) -> bool:
+        """Whether the tokens are a square grid: all kinds but attention pooling, whose queries have no order."""
+        return self.kind != "attention_pool"
 
     @property
     def output_grid_size(self) -> int:
@@ -151,6 +185,11 @@ class DataConfig:
         "full",
         "order of an epoch's documents: full = keyed pseudo-random over all of them, none = as stored",
         choices=("full", "none"),
+    )
+    row_dealing: str = option(
+        "balanced",
+        "which data-parallel rank takes which row of a step: balanced = so that tiles even out, round_robin = in turn",
+        choices=("balanced", "round_robin"),
     )
     num_workers: int = option(
         1, "processes that decode images for each rank that reads them; 0 = in the training process"
@@ -213,7 +252,7 @@ class ParallelConfig:
         choices=("data", "tensor"),
     )
     num_layers_in_first_pipeline_stage: int | None = option(
-        None, "decoder layers on stage 0, beside the encoder; None = from the cost model"
+        None, "decoder layers of the first (virtual) stage, beside the encoder; None = from the cost model"
     )
     use_distributed_optimizer: bool = option(False, "shard optimizer state over data-parallel ranks")
     overlap_grad_reduce: bool = option(False, "reduce gradients while the backward pass runs")

@@ -57,6 +57,6 @@ def restore_model(
     stack.callback(close_topology)
     topology = build_topology(cfg.parallel, place=place)
     seed_everything(cfg.train.seed, topology=topology)
-    model = build_model(cfg, stage=topology)
+    model = build_model(cfg, stage=topology.stages[0])
     load_weights(checkpoint, cfg, [model])
     return Restored(cfg, checkpoint, topology, model.eval())

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.moe.experts import SequentialMLP
 
 from mm15_megatron.errors import BackendError, ConfigError
 from mm15_megatron.models.attention import LocalCoreAttention
@@ -26,6 +27,9 @@ class Backend:
         row_linear: linear layer split along its input.
         norm_column_linear: one module for a norm followed by ``column_linear``; None = two modules.
         core_attention: softmax attention on projected heads.
+        experts: the experts of one rank: one after the other, or as one grouped matrix product.
+        expert_column_linear: their first linear layer.
+        expert_row_linear: their second linear layer.
     """
 
     name: str
@@ -34,6 +38,9 @@ class Backend:
     row_linear: type
     norm_column_linear: type | None
     core_attention: type
+    experts: type
+    expert_column_linear: type
+    expert_row_linear: type
 
 
 def resolve_backend(name: str) -> Backend:
@@ -44,7 +51,17 @@ def resolve_backend(name: str) -> Backend:
         ConfigError: if the name is not a known implementation.
     """
     if name == "local":
-        return Backend("local", LocalNorm, ColumnParallelLinear, RowParallelLinear, None, LocalCoreAttention)
+        return Backend(
+            name="local",
+            norm=LocalNorm,
+            column_linear=ColumnParallelLinear,
+            row_linear=RowParallelLinear,
+            norm_column_linear=None,
+            core_attention=LocalCoreAttention,
+            experts=SequentialMLP,
+            expert_column_linear=ColumnParallelLinear,
+            expert_row_linear=RowParallelLinear,
+        )
     if name == "transformer_engine":
         return _transformer_engine()
     raise ConfigError(
@@ -72,18 +89,24 @@ def _transformer_engine() -> Backend:
             fix="install requirements-gpu.txt on a CUDA machine, or set kernels.transformer_impl=local",
         )
     from megatron.core.extensions.transformer_engine import (
+        TEColumnParallelGroupedLinear,
         TEColumnParallelLinear,
         TEDotProductAttention,
         TELayerNormColumnParallelLinear,
         TENorm,
+        TERowParallelGroupedLinear,
         TERowParallelLinear,
     )
+    from megatron.core.transformer.moe.experts import TEGroupedMLP
 
     return Backend(
-        "transformer_engine",
-        TENorm,
-        TEColumnParallelLinear,
-        TERowParallelLinear,
-        TELayerNormColumnParallelLinear,
-        TEDotProductAttention,
+        name="transformer_engine",
+        norm=TENorm,
+        column_linear=TEColumnParallelLinear,
+        row_linear=TERowParallelLinear,
+        norm_column_linear=TELayerNormColumnParallelLinear,
+        core_attention=TEDotProductAttention,
+        experts=TEGroupedMLP,
+        expert_column_linear=TEColumnParallelGroupedLinear,
+        expert_row_linear=TERowParallelGroupedLinear,
     )

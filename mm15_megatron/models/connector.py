@@ -1,9 +1,10 @@
-"""Connectors from patch features to language tokens: C-Abstractor and average pooling (MM1 section 3).
+"""Connectors from patch features to language tokens: C-Abstractor, average and attention pooling (MM1 section 3).
 
 The grids stay channels-last, so that a 1x1 convolution is a linear layer and its norm is over the last dimension.
 
 N: tiles; P: patches of a tile in row-major order; D: width of the encoder; Y, X: rows and columns of a grid;
-C: channels of the C-Abstractor; H: width of the decoder.
+C: channels of the C-Abstractor or of attention pooling; K: queries, one a token; A: heads; E: channels of a head;
+H: width of the decoder.
 """
 
 from __future__ import annotations
@@ -26,10 +27,10 @@ def build_connector(cfg: RunConfig) -> nn.Module:
     Its parameters are replicated over tensor-parallel ranks and left for ``initialise.py`` to fill.
 
     Raises:
-        ConfigError: if the kind is unknown or the number of tokens is not a perfect square.
+        ConfigError: if the kind is unknown, or pools a grid to a number of tokens that is no perfect square.
     """
     connector = cfg.connector
-    if connector.output_grid_size**2 != connector.num_tokens:
+    if connector.pools_grid and connector.output_grid_size**2 != connector.num_tokens:
         raise ConfigError(
             f"connector.num_tokens = {connector.num_tokens} is not a perfect square", fix="use 64, 81 or 144"
         )
@@ -37,7 +38,12 @@ def build_connector(cfg: RunConfig) -> nn.Module:
         return CAbstractor(cfg)
     if connector.kind == "average_pool":
         return AveragePoolConnector(cfg)
-    raise ConfigError(f"connector.kind = {connector.kind!r} is not a connector", fix="use c_abstractor or average_pool")
+    if connector.kind == "attention_pool":
+        return AttentionPoolConnector(cfg)
+    raise ConfigError(
+        f"connector.kind = {connector.kind!r} is not a connector",
+        fix="use c_abstractor, average_pool or attention_pool",
+    )
 
 
 class AveragePoolConnector(nn.Module):
@@ -53,6 +59,44 @@ class AveragePoolConnector(nn.Module):
         return self.projection(_pool(_as_grid(features_NPD), self.output_grid).flatten(1, 2))
 
 
+class AttentionPoolConnector(nn.Module):
+    """Learned queries attend once to the normalised patches; a linear layer takes the heads to the decoder's width.
+
+    MM1 names attention pooling with learnable queries; depth, heads and norms are unpublished. Our default is one layer
+    and a norm on the queries too, so that the first scores have unit variance and the queries differ from the start.
+    The projections have no biases: a key's would add the same to every score of a query.
+    """
+
+    def __init__(self, cfg: RunConfig) -> None:
+        super().__init__()
+        connector, width = cfg.connector, cfg.vision.hidden_size
+        placement = _placement(cfg)
+        channels, eps = connector.hidden_size, connector.norm_epsilon
+        self.heads = connector.num_attention_heads
+        self.stored_grid = cfg.vision.stored_grid_size
+        self.query_embedding = nn.Parameter(torch.zeros(connector.num_tokens, channels, **placement))
+        self.position_embedding = _position_table(cfg)
+        self.query_norm = nn.LayerNorm(channels, eps, **placement)
+        self.feature_norm = nn.LayerNorm(width, eps, **placement)
+        self.query = nn.Linear(channels, channels, bias=False, **placement)
+        self.key = nn.Linear(width, channels, bias=False, **placement)
+        self.value = nn.Linear(width, channels, bias=False, **placement)
+        self.projection = nn.Linear(channels, cfg.language.hidden_size, **placement)
+
+    def forward(self, features_NPD: torch.Tensor) -> torch.Tensor:
+        """Pool [N, P, D] -> [N, num_tokens, H]."""
+        x_NPD = self.feature_norm(_with_positions(features_NPD, self.position_embedding, stored_grid=self.stored_grid))
+        query_1KC = self.query(self.query_norm(self.query_embedding))[None]
+        query_NAKE = self._by_head(query_1KC).expand(x_NPD.shape[0], -1, -1, -1)
+        pooled_NAKE = F.scaled_dot_product_attention(
+            query_NAKE, self._by_head(self.key(x_NPD)), self._by_head(self.value(x_NPD))
+        )
+        return self.projection(pooled_NAKE.transpose(1, 2).flatten(2))
+
+    def _by_head(self, x_NKC: torch.Tensor) -> torch.Tensor:
+        return x_NKC.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+
 class CAbstractor(nn.Module):
     """Residual blocks, adaptive average pooling, residual blocks, MLP (Honeybee's C-Abstractor; MM1 section 3.2)."""
 
@@ -62,9 +106,7 @@ class CAbstractor(nn.Module):
         placement = _placement(cfg)
         self.output_grid = connector.output_grid_size
         self.stored_grid = cfg.vision.stored_grid_size
-        self.position_embedding = (
-            nn.Parameter(torch.zeros(self.stored_grid**2, width, **placement)) if connector.position_embedding else None
-        )
+        self.position_embedding = _position_table(cfg)
         channels, eps = connector.hidden_size, connector.norm_epsilon
         before = [width] + [channels] * (connector.depth - 1)
         self.before_pool = nn.Sequential(*(ResidualBlock(c, channels, eps=eps, **placement) for c in before))
@@ -78,12 +120,7 @@ class CAbstractor(nn.Module):
 
     def forward(self, features_NPD: torch.Tensor) -> torch.Tensor:
         """Abstract [N, P, D] -> [N, num_tokens, H]."""
-        x_NYXD = _as_grid(features_NPD)
-        if self.position_embedding is not None:
-            table_PD = interpolate_positions(
-                self.position_embedding, source_grid=self.stored_grid, target_grid=x_NYXD.shape[1], prefix_tokens=0
-            )
-            x_NYXD = x_NYXD + _as_grid(table_PD[None])
+        x_NYXD = _as_grid(_with_positions(features_NPD, self.position_embedding, stored_grid=self.stored_grid))
         x_NYXC = self.after_pool(_pool(self.before_pool(x_NYXD), self.output_grid))
         return self.mlp(x_NYXC.flatten(1, 2))
 
@@ -132,9 +169,28 @@ def _placement(cfg: RunConfig) -> dict[str, Any]:
     return {"dtype": DTYPES[cfg.kernels.params_dtype], "device": torch.cuda.current_device()}
 
 
+def _position_table(cfg: RunConfig) -> nn.Parameter | None:
+    """Return the table [G, D] of ``connector.position_embedding`` for the stored grid, or None without one."""
+    shape = (cfg.vision.stored_grid_size**2, cfg.vision.hidden_size)
+    return nn.Parameter(torch.zeros(shape, **_placement(cfg))) if cfg.connector.position_embedding else None
+
+
+def _with_positions(features_NPD: torch.Tensor, table_GD: torch.Tensor | None, *, stored_grid: int) -> torch.Tensor:
+    """Add a position table, interpolated to the grid of the features; the features themselves without a table."""
+    if table_GD is None:
+        return features_NPD
+    grid = _side(features_NPD)
+    return features_NPD + interpolate_positions(table_GD, source_grid=stored_grid, target_grid=grid, prefix_tokens=0)
+
+
+def _side(x_NPD: torch.Tensor) -> int:
+    """Patches along one side of a square tile."""
+    return round(x_NPD.shape[1] ** 0.5)
+
+
 def _as_grid(x_NPD: torch.Tensor) -> torch.Tensor:
     """View row-major patches [N, P, D] as a square grid [N, Y, X, D]."""
-    side = round(x_NPD.shape[1] ** 0.5)
+    side = _side(x_NPD)
     return x_NPD.unflatten(1, (side, side))
 
 

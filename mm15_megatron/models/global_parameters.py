@@ -3,9 +3,10 @@
 A layout decides which rank holds which slice; the name and the shape of the whole parameter do not depend on it.
 Initial weights, gathered gradients, checkpoints and conversions all read this one description.
 
-Two facts make a shard more than a slice. A stage numbers its layers from zero, so names carry the global layer number
-instead. And the first linear layer of a gated MLP holds [gate; up] on every rank, so its whole is described as [2, ffn,
-hidden], split along its middle dimension.
+Three facts make a shard more than a slice. A stage numbers its layers from zero and a rank its experts, so names carry
+the global numbers instead. Experts have tensor- and data-parallel groups of their own. And the first linear layer of a
+gated MLP holds [gate; up] on every rank, so its whole is described as [2, ffn, hidden], split along its middle
+dimension.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from torch import nn
 from torch.distributed import ProcessGroup
 
 _LAYER = re.compile(r"^(?P<block>.*\.(?:decoder|blocks)\.layers\.)(?P<index>\d+)\.")
+_EXPERT = re.compile(r"\.mlp\.experts\.local_experts\.(\d+)\.(.*)$")
+_GROUPED_EXPERT = re.compile(r"\.mlp\.experts\.(linear_fc[12])\.weight(\d+)$")
 # Transformer Engine keeps a layer norm inside the linear layer that follows it; the global name is the plain one.
 _FUSED_NORMS = (
     (".self_attention.linear_qkv.layer_norm_", ".input_layernorm."),
@@ -36,6 +39,7 @@ class GlobalParameter:
         split_dim: dimension of ``local_view`` that is split over the tensor-parallel group; None = replicated.
         gated: the local tensor is [gate; up] stacked along dimension 0 and viewed as [2, rows, columns].
         tensor_group: the group it is split over (or replicated in).
+        data_group: the ranks that hold the same slice.
         tied_copy: a second copy of a parameter that lives on another stage (tied embeddings on the last stage).
     """
 
@@ -44,7 +48,13 @@ class GlobalParameter:
     split_dim: int | None
     gated: bool
     tensor_group: ProcessGroup
+    data_group: ProcessGroup
     tied_copy: bool = False
+
+    @property
+    def is_first_replica(self) -> bool:
+        """Whether this is the one rank that speaks for the whole parameter."""
+        return self.tensor_group.rank() == 0 and self.data_group.rank() == 0 and not self.tied_copy
 
     @property
     def shards(self) -> int:
@@ -84,19 +94,21 @@ class GlobalParameter:
         return torch.cat(parts, dim=self.split_dim or 0)
 
 
-def global_name(local_name: str, *, first_layer: int) -> str:
+def global_name(local_name: str, *, first_layer: int, first_expert: int) -> str:
     """Translate a parameter name of this rank's model to the global one.
 
     Args:
         local_name: name inside the unwrapped model; layers counted from zero on this stage.
         first_layer: global index of the stage's first decoder layer.
+        first_expert: global index of the rank's first expert.
     """
     match = _LAYER.match(local_name)
     if match and match["block"].endswith("decoder.layers."):
         local_name = f"{match['block']}{int(match['index']) + first_layer}.{local_name[match.end() :]}"
     for fused, plain in _FUSED_NORMS:
         local_name = local_name.replace(fused, plain)
-    return local_name
+    local_name = _GROUPED_EXPERT.sub(r".mlp.experts.local_experts.\2.\1.weight", local_name)
+    return _EXPERT.sub(lambda found: f".mlp.experts.{int(found[1]) + first_expert}.{found[2]}", local_name)
 
 
 def global_parameters(chunks: Iterable[nn.Module]) -> Iterator[GlobalParameter]:
@@ -104,7 +116,8 @@ def global_parameters(chunks: Iterable[nn.Module]) -> Iterator[GlobalParameter]:
     for chunk in chunks:
         tied_on_last = chunk.share_embeddings_and_output_weights and not chunk.pre_process
         for local_name, parameter in chunk.named_parameters():
-            name = global_name(local_name, first_layer=chunk.first_layer)
+            name = global_name(local_name, first_layer=chunk.first_layer, first_expert=chunk.first_expert)
+            groups, expert = chunk.stage.groups, ".mlp.experts." in name
             tied_copy = tied_on_last and name == "language_model.output_layer.weight"
             split = bool(getattr(parameter, "tensor_model_parallel", False))
             gated = split and parameter.partition_stride == 2
@@ -114,6 +127,7 @@ def global_parameters(chunks: Iterable[nn.Module]) -> Iterator[GlobalParameter]:
                 parameter=parameter,
                 split_dim=dim,
                 gated=gated,
-                tensor_group=chunk.tensor_group,
+                tensor_group=groups.expt_tp if expert else groups.tp,
+                data_group=groups.expt_dp if expert else groups.dp_cp,
                 tied_copy=tied_copy,
             )

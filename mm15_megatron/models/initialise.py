@@ -15,8 +15,8 @@ from torch import nn
 from mm15_megatron.config.schema import RunConfig
 from mm15_megatron.models.global_parameters import GlobalParameter, global_parameters
 
-_RESIDUAL_OUTPUTS = ("self_attention.linear_proj.weight", "mlp.linear_fc2.weight")
-_EMBEDDINGS = ("class_token", "position_embedding")
+_RESIDUAL_OUTPUTS = (".self_attention.linear_proj.weight", ".linear_fc2.weight")
+_EMBEDDINGS = ("class_token", "position_embedding", "query_embedding")
 
 
 def initial_std(name: str, shape: tuple[int, ...], cfg: RunConfig) -> float | None:

@@ -6,6 +6,8 @@ V: this rank's share of the vocabulary.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from contextlib import nullcontext
 from typing import Protocol
 
@@ -19,9 +21,9 @@ from megatron.core.tensor_parallel.mappings import (
 )
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
-from mm15_megatron.accounting import padded_vocab_size, pipeline_layer_split
+from mm15_megatron.accounting import chunk_layers, padded_vocab_size, sparse_layers
 from mm15_megatron.batch import MMBatch
 from mm15_megatron.config.schema import RunConfig
 from mm15_megatron.errors import DataError
@@ -29,8 +31,10 @@ from mm15_megatron.models.attention import packed_rows
 from mm15_megatron.models.backend import Backend
 from mm15_megatron.models.connector import build_connector
 from mm15_megatron.models.image_merge import merge_image_tokens
-from mm15_megatron.models.layer_specs import block_spec, dense_layer_spec
+from mm15_megatron.models.layer_specs import block_spec, dense_layer_spec, sparse_layer_spec
 from mm15_megatron.models.rope import rotary_table
+from mm15_megatron.models.router import RoutingRules
+from mm15_megatron.models.router_ledger import RouterLedger
 from mm15_megatron.models.transformer_config import language_transformer_config
 from mm15_megatron.models.vision_encoder import VisionEncoder
 
@@ -41,6 +45,8 @@ class Stage(Protocol):
     Attributes:
         groups: megatron-core's process groups.
         encoder_groups: the groups the encoder is built on.
+        position: place of the chunk in the forward pass: which of the virtual pipeline stages it is.
+        virtual_rank: which of its rank's chunks it is; None without interleaving.
         is_first_stage: the chunk embeds tokens and encodes images.
         is_last_stage: the chunk ends with the output layer.
         encoder_shares_tiles: each tensor-parallel rank encodes a share of the tiles.
@@ -50,6 +56,10 @@ class Stage(Protocol):
     def groups(self) -> ProcessGroupCollection: ...  # noqa: D102
     @property
     def encoder_groups(self) -> ProcessGroupCollection: ...  # noqa: D102
+    @property
+    def position(self) -> int: ...  # noqa: D102
+    @property
+    def virtual_rank(self) -> int | None: ...  # noqa: D102
     @property
     def is_first_stage(self) -> bool: ...  # noqa: D102
     @property
@@ -74,7 +84,10 @@ class MM15Model(MegatronModule):
         self.pre_process, self.post_process = stage.is_first_stage, stage.is_last_stage
         self.share_embeddings_and_output_weights = language.share_embeddings_and_output_weights
         self.tensor_group = stage.groups.tp
-        self.first_layer = get_transformer_layer_offset(config, None, stage.groups.pp.rank())
+        self.vp_stage = stage.virtual_rank  # megatron-core's schedules look for it
+        layers = chunk_layers(cfg)[stage.position]
+        self.first_layer = layers.start
+        self.first_expert = stage.groups.ep.rank() * (cfg.moe.num_moe_experts // stage.groups.ep.size())
         self.rotary_base, self.head_dim = language.rotary_base, language.kv_channels
         self.encoder_is_frozen = cfg.freeze.vision
         if self.pre_process:
@@ -82,11 +95,10 @@ class MM15Model(MegatronModule):
             self.connector = build_connector(cfg)
             if stage.encoder_shares_tiles:
                 clear_tensor_parallel_marks(self.vision_encoder)
-        layer = dense_layer_spec(backend, mask=AttnMaskType.causal, qk_layernorm=language.qk_layernorm)
-        num_layers = layers_of_stage(cfg, stage.groups.pp.rank())
+        self.router_ledger = router_ledger(cfg, layers)
         self.language_model = GPTModel(
             config=config,
-            transformer_layer_spec=block_spec(backend, layer, num_layers=num_layers),
+            transformer_layer_spec=decoder_block(cfg, layers, backend=backend, stage=stage, ledger=self.router_ledger),
             vocab_size=padded_vocab_size(cfg),
             max_sequence_length=cfg.data.seq_length,
             pre_process=self.pre_process,
@@ -96,6 +108,7 @@ class MM15Model(MegatronModule):
             position_embedding_type="none",
             scatter_embedding_sequence_parallel=False,
             pg_collection=stage.groups,
+            vp_stage=stage.virtual_rank,
         )
         self._freeze(cfg)
 
@@ -145,7 +158,15 @@ class MM15Model(MegatronModule):
             attention_mask=None,
             decoder_input=merged,
             packed_seq_params=rows,
+            padding_mask=self._padding(batch) if self.router_ledger.layers else None,
         )
+
+    def _padding(self, batch: MMBatch) -> torch.Tensor:
+        """Padding of the tokens whose hidden states this rank holds, bool [1, T]."""
+        mask_T = batch.padding_mask_T
+        if self.config.sequence_parallel:
+            mask_T = mask_T.chunk(self.tensor_group.size())[self.tensor_group.rank()]
+        return mask_T[None]
 
     def _embed(self, batch: MMBatch) -> torch.Tensor:
         if batch.tokens_T is None:
@@ -159,9 +180,47 @@ class MM15Model(MegatronModule):
         return merged_T1H
 
 
-def layers_of_stage(cfg: RunConfig, stage: int) -> int:
-    """Decoder layers of one pipeline stage."""
-    return pipeline_layer_split(cfg)[stage]
+def router_ledger(cfg: RunConfig, layers: Iterable[int]) -> RouterLedger:
+    """The books of the sparse layers among ``layers`` (global indices)."""
+    sparse = sparse_layers(cfg)
+    return RouterLedger(
+        [layer for layer in layers if sparse[layer]],
+        experts=cfg.moe.num_moe_experts,
+        device=torch.cuda.current_device(),
+    )
+
+
+def routing_rules(cfg: RunConfig) -> RoutingRules:
+    """How the sparse layers of a run route; capacity is ceil(group tokens x top-k / experts x factor)."""
+    moe, factor = cfg.moe, cfg.moe.moe_expert_capacity_factor
+    share = moe.moe_capacity_group_size * moe.moe_router_topk / moe.num_moe_experts
+    return RoutingRules(
+        topk=moe.moe_router_topk,
+        row_length=cfg.data.seq_length,
+        balance_loss=moe.moe_router_load_balancing_type,
+        balance_coeff=moe.moe_aux_loss_coeff,
+        z_coeff=moe.moe_z_loss_coeff,
+        capacity=None if factor is None else math.ceil(share * factor),
+        group_size=moe.moe_capacity_group_size,
+        drop_policy=moe.moe_token_drop_policy,
+    )
+
+
+def decoder_block(
+    cfg: RunConfig, layers: Iterable[int], *, backend: Backend, stage: Stage, ledger: RouterLedger
+) -> TransformerBlockSubmodules:
+    """The decoder layers of one chunk (global indices), dense and sparse."""
+    sparse = sparse_layers(cfg)
+    dense = dense_layer_spec(backend, mask=AttnMaskType.causal, qk_layernorm=cfg.language.qk_layernorm)
+    specs = []
+    for layer in layers:
+        if sparse[layer]:
+            specs.append(
+                sparse_layer_spec(backend, dense, rules=routing_rules(cfg), ledger=ledger, groups=stage.groups)
+            )
+        else:
+            specs.append(dense)
+    return block_spec(backend, specs)
 
 
 def clear_tensor_parallel_marks(module: torch.nn.Module) -> None:

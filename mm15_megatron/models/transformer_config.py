@@ -8,7 +8,7 @@ import torch
 from megatron.core.transformer import TransformerConfig
 from torch.nn import functional as F
 
-from mm15_megatron.accounting import pipeline_layer_split
+from mm15_megatron.accounting import pipeline_layer_split, sparse_layers
 from mm15_megatron.config.schema import RunConfig
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -41,14 +41,53 @@ def _shared(cfg: RunConfig) -> dict[str, Any]:
         "masked_softmax_fusion": False,
         "bias_dropout_fusion": cfg.kernels.compile_fusions,
         "use_cpu_initialization": False,
-        "deallocate_pipeline_outputs": True,
+        # gloo reads a tensor after the call that sends it; on CUDA the copy is queued before the memory is given back.
+        "deallocate_pipeline_outputs": cfg.parallel.device == "cuda",
+    }
+
+
+def _experts(cfg: RunConfig) -> dict[str, Any]:
+    """Settings of the sparse layers; routing, losses, capacity and padding are ours (``router.py``)."""
+    moe, parallel = cfg.moe, cfg.parallel
+    if not moe.num_moe_experts:
+        return {}
+    return {
+        "num_moe_experts": moe.num_moe_experts,
+        "moe_layer_freq": [int(sparse) for sparse in sparse_layers(cfg)],
+        "moe_ffn_hidden_size": cfg.language.ffn_hidden_size,
+        "moe_router_topk": moe.moe_router_topk,
+        "moe_router_pre_softmax": moe.moe_router_topk == 1,
+        "moe_router_load_balancing_type": "none",
+        "moe_router_dtype": "fp32",
+        "moe_token_dispatcher_type": "alltoall",
+        "moe_grouped_gemm": cfg.kernels.transformer_impl == "transformer_engine",
+        "expert_model_parallel_size": parallel.expert_model_parallel_size,
+        "expert_tensor_parallel_size": parallel.expert_tensor_parallel_size,
+    }
+
+
+def _pipeline(cfg: RunConfig) -> dict[str, Any]:
+    """Settings of the pipeline: the layers of each (virtual) stage, named one by one."""
+    if cfg.parallel.pipeline_model_parallel_size == 1:
+        return {}
+    split, interleaved = pipeline_layer_split(cfg), cfg.parallel.virtual_pipeline_model_parallel_size is not None
+    layout = [["decoder"] * layers for layers in split]
+    layout[0].insert(0, "embedding")
+    layout[-1].append("loss")
+    return {
+        "pipeline_model_parallel_size": cfg.parallel.pipeline_model_parallel_size,
+        "virtual_pipeline_model_parallel_size": cfg.parallel.virtual_pipeline_model_parallel_size,
+        "pipeline_model_parallel_layout": layout,
+        # With two interleaved stages a batch of transfers holds several between the same two ranks, and they are
+        # matched in the wrong order; one by one, over two groups, they are not.
+        "overlap_p2p_comm": interleaved,
+        "batch_p2p_comm": not interleaved,
     }
 
 
 def language_transformer_config(cfg: RunConfig) -> TransformerConfig:
     """Return megatron-core's configuration of the decoder."""
     language, parallel, kernels = cfg.language, cfg.parallel, cfg.kernels
-    stages = parallel.pipeline_model_parallel_size
     full = kernels.recompute_granularity == "full"
     return TransformerConfig(
         num_layers=language.num_layers,
@@ -65,12 +104,12 @@ def language_transformer_config(cfg: RunConfig) -> TransformerConfig:
         layernorm_epsilon=language.norm_epsilon,
         qk_layernorm=language.qk_layernorm,
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
-        pipeline_model_parallel_size=stages,
         sequence_parallel=parallel.sequence_parallel,
-        num_layers_in_first_pipeline_stage=pipeline_layer_split(cfg)[0] if stages > 1 else None,
         recompute_granularity=kernels.recompute_granularity,
         recompute_method="uniform" if full else None,
         recompute_num_layers=kernels.recompute_num_layers if full else None,
+        **_experts(cfg),
+        **_pipeline(cfg),
         **_shared(cfg),
     )
 
@@ -96,7 +135,7 @@ def vision_transformer_config(cfg: RunConfig) -> TransformerConfig:
         ffn_hidden_size=vision.ffn_hidden_size,
         activation_func=quick_gelu if vision.activation == "quick_gelu" else F.gelu,
         bias_activation_fusion=False,
-        add_bias_linear=True,
+        add_bias_linear=vision.add_bias_linear,
         normalization="LayerNorm",
         layernorm_epsilon=vision.norm_epsilon,
         tensor_model_parallel_size=tensor,

@@ -1,4 +1,4 @@
-"""The CLIP vision transformer on megatron-core's transformer block (MM1 sections 2.2 and 2.3).
+"""CLIP's and AIM's vision transformers on megatron-core's transformer block (MM1 section 3.1).
 
 N: tiles; H, W: sides of a tile in pixels; P: patches of a tile in row-major order; S: tokens of a tile, P plus the
 class token; D: width of the encoder; G: tokens of a position table.
@@ -54,6 +54,28 @@ def interpolate_positions(
     return torch.cat((prefix, resized_1DHW.flatten(2)[0].T.to(table_GD.dtype)))
 
 
+def sincos_positions(grid: int, width: int, *, device: torch.device) -> torch.Tensor:
+    """Compute AIM's fixed positions of a square grid of patches.
+
+    A quarter of the channels each: sine and cosine of the column, sine and cosine of the row; channel i of a quarter
+    has the frequency 10000 ** (-4 i / width) (as apple/ml-aim, after MAE).
+
+    Args:
+        grid: patches along one side.
+        width: D, a multiple of four.
+        device: where the table is computed.
+
+    Returns:
+        [grid ** 2, D] fp32, patches in row-major order.
+    """
+    frequency_F = 10000.0 ** -(torch.arange(width // 4, device=device) / (width / 4))
+    angle_GF = torch.arange(grid, device=device)[:, None] * frequency_F
+    axis_GE = torch.cat((angle_GF.sin(), angle_GF.cos()), dim=1)
+    column_YXE = axis_GE[None].expand(grid, -1, -1)
+    row_YXE = axis_GE[:, None].expand(-1, grid, -1)
+    return torch.cat((column_YXE, row_YXE), dim=-1).flatten(0, 1)
+
+
 class PatchEmbedding(nn.Module):
     """A convolution whose stride is its kernel, as one matrix product.
 
@@ -63,14 +85,16 @@ class PatchEmbedding(nn.Module):
     Args:
         width: D, width of the encoder.
         patch: side of a patch, pixels.
-        dtype: of the weight [D, 3, patch, patch].
-        device: where it lives.
+        bias: whether a bias [D] is added.
+        dtype: of the weight [D, 3, patch, patch] and of the bias.
+        device: where they live.
     """
 
-    def __init__(self, width: int, patch: int, *, dtype: torch.dtype, device: torch.device | int) -> None:
+    def __init__(self, width: int, patch: int, *, bias: bool, dtype: torch.dtype, device: torch.device | int) -> None:
         super().__init__()
         self.patch = patch
         self.weight = nn.Parameter(torch.empty(width, 3, patch, patch, dtype=dtype, device=device))
+        self.bias = nn.Parameter(torch.zeros(width, dtype=dtype, device=device)) if bias else None
 
     def forward(self, tiles_N3HW: torch.Tensor) -> torch.Tensor:
         """Embed the patches of every tile, row-major: [P, N, D] in the dtype of the weight.
@@ -88,14 +112,17 @@ class PatchEmbedding(nn.Module):
         grid = height // patch
         pixels = tiles_N3HW.to(self.weight.dtype)
         pixels = pixels.reshape(tiles, channels, grid, patch, grid, patch).permute(2, 4, 0, 1, 3, 5)
-        return F.linear(pixels.reshape(grid * grid, tiles, -1), self.weight.flatten(1))
+        return F.linear(pixels.reshape(grid * grid, tiles, -1), self.weight.flatten(1), self.bias)
 
 
 class VisionEncoder(MegatronModule):
-    """CLIP ViT: patches, class token and learned positions, a LayerNorm before the blocks, pre-norm blocks.
+    """A ViT: patches, class token and positions, a LayerNorm before the blocks, pre-norm blocks.
 
-    The blocks after ``vision.feature_layer`` are not built. ``vision.post_layernorm`` adds ln_post on the features.
-    Parameters are left for ``initialise.py`` to fill.
+    The defaults of ``vision`` are CLIP's; ``position_embedding``, ``pre_layernorm``, ``patch_bias``, ``class_token``
+    and ``add_bias_linear`` make it AIM. Sin-cos positions are computed for the grid at hand: they are no parameter,
+    stand in no checkpoint and are never interpolated; a class token's are zero. The blocks after
+    ``vision.feature_layer`` are not built. ``vision.post_layernorm`` adds a LayerNorm on the features. Parameters are
+    left for ``initialise.py`` to fill.
 
     Args:
         cfg: the run.
@@ -113,17 +140,16 @@ class VisionEncoder(MegatronModule):
         self.stored_grid = vision.stored_grid_size
         self.prefix_tokens = int(vision.class_token)
         placement = {"dtype": config.params_dtype, "device": torch.cuda.current_device()}
-        self.patch_embedding = PatchEmbedding(width, patch, **placement)
+        self.patch_embedding = PatchEmbedding(width, patch, bias=vision.patch_bias, **placement)
         self.class_token = nn.Parameter(torch.zeros(width, **placement)) if vision.class_token else None
-        self.position_embedding = nn.Parameter(
-            torch.zeros(self.prefix_tokens + self.stored_grid**2, width, **placement)
-        )
+        learned = vision.position_embedding == "learned"
+        table_shape = (self.prefix_tokens + self.stored_grid**2, width)
+        self.position_embedding = nn.Parameter(torch.zeros(table_shape, **placement)) if learned else None
+        self.normalises_patches = vision.pre_layernorm == "patches"
         self.pre_layernorm = backend.norm(config, width, config.layernorm_epsilon)
         self.blocks = TransformerBlock(
             config=config,
-            spec=block_spec(
-                backend, dense_layer_spec(backend, mask=AttnMaskType.no_mask), num_layers=config.num_layers
-            ),
+            spec=block_spec(backend, [dense_layer_spec(backend, mask=AttnMaskType.no_mask)] * config.num_layers),
             post_layer_norm=vision.post_layernorm,
             pg_collection=groups,
         )
@@ -141,14 +167,24 @@ class VisionEncoder(MegatronModule):
             ConfigError: if the tiles are not square or not a whole number of patches.
         """
         x_SND = self.patch_embedding(tiles_N3HW)
-        table_SD = interpolate_positions(
-            self.position_embedding,
-            source_grid=self.stored_grid,
-            target_grid=tiles_N3HW.shape[-1] // self.patch_size,
-            prefix_tokens=self.prefix_tokens,
-        )
+        if self.normalises_patches:
+            x_SND = self.pre_layernorm(x_SND)
         if self.class_token is not None:
             x_SND = torch.cat((self.class_token.expand(1, x_SND.shape[1], -1), x_SND))
-        x_SND = self.pre_layernorm(x_SND + table_SD[:, None])
+        x_SND = x_SND + self._positions(tiles_N3HW.shape[-1] // self.patch_size, like=x_SND)[:, None]
+        if not self.normalises_patches:
+            x_SND = self.pre_layernorm(x_SND)
         x_SND = self.blocks(x_SND, attention_mask=None)
         return x_SND[self.prefix_tokens :].transpose(0, 1)
+
+    def _positions(self, grid: int, *, like: torch.Tensor) -> torch.Tensor:
+        """Return what is added to the tokens of a tile of ``grid`` x ``grid`` patches, [S, D], dtype as ``like``."""
+        if self.position_embedding is not None:
+            return interpolate_positions(
+                self.position_embedding,
+                source_grid=self.stored_grid,
+                target_grid=grid,
+                prefix_tokens=self.prefix_tokens,
+            )
+        table_PD = sincos_positions(grid, like.shape[-1], device=like.device).to(like.dtype)
+        return F.pad(table_PD, (0, 0, self.prefix_tokens, 0))

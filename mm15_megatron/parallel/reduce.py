@@ -1,8 +1,9 @@
 """What happens to gradients between the last backward pass and the optimizer.
 
-megatron-core reduces over data-parallel ranks, sums what sequence parallelism left partial and ties the embeddings. Two
-things are ours: the encoder's gradients are summed over the tensor-parallel group when each of its ranks encoded other
-tiles, and the loss is normalised by the weight of all targets of the global batch (numerics sections 1 and 5).
+megatron-core reduces over data-parallel ranks, sums what sequence parallelism left partial and ties the embeddings.
+Three things are ours. The gradients of the encoder, whose tensor-parallel ranks encoded other tiles, are summed over
+the tensor-parallel group; so are those of the routers, whose tensor-parallel ranks routed other tokens. And the loss is
+normalised by the weight of all targets of the global batch (numerics sections 1 and 5).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 from mm15_megatron.parallel.topology import Topology
 
 _ENCODER = ("vision_encoder.", "connector.")
+_ROUTER = ".mlp.router.weight"
 
 
 def global_sum(values: torch.Tensor, topology: Topology) -> torch.Tensor:
@@ -48,8 +50,7 @@ def finalise_gradients(
         topology: the groups.
     """
     finalize_model_grads(list(chunks), num_tokens=None, pg_collection=topology.groups)
-    if topology.encoder_shares_tiles and topology.tensor_size > 1 and topology.is_first_stage:
-        _sum_encoder_gradients(chunks[0], topology)
+    sum_over_tensor_group([p for chunk in chunks for p in partial_parameters(chunk, topology)], topology)
     total = global_sum(target_weight, topology)
     # A batch without any target has zero gradients; dividing by one keeps them zero instead of NaN.
     scale = 1.0 / torch.where(total > 0, total, torch.ones_like(total))
@@ -57,12 +58,29 @@ def finalise_gradients(
         chunk.scale_gradients(scale)
 
 
-def _sum_encoder_gradients(chunk: DistributedDataParallel, topology: Topology) -> None:
-    gradients = [
-        parameter.main_grad
+def partial_parameters(chunk: DistributedDataParallel, topology: Topology) -> list[torch.nn.Parameter]:
+    """Parameters whose gradient is still partial on each tensor-parallel rank after megatron-core's reductions.
+
+    The encoder's and the connector's, if the tiles are shared; a router's, if the sparse layer cut the tokens by itself
+    (under sequence parallelism megatron-core sums it).
+    """
+    if topology.tensor_size == 1:
+        return []
+    sequence_parallel = chunk.config.sequence_parallel
+    return [
+        parameter
         for name, parameter in chunk.module.named_parameters()
-        if parameter.requires_grad and name.startswith(_ENCODER)
+        if parameter.requires_grad
+        and (
+            (topology.encoder_shares_tiles and name.startswith(_ENCODER))
+            or (name.endswith(_ROUTER) and not sequence_parallel)
+        )
     ]
+
+
+def sum_over_tensor_group(parameters: Sequence[torch.nn.Parameter], topology: Topology) -> None:
+    """Sum gradients over the tensor-parallel group in one collective."""
+    gradients = [parameter.main_grad for parameter in parameters]
     if not gradients:
         return
     flat = _flatten_dense_tensors(gradients)

@@ -33,6 +33,7 @@ class Topology:
         data_rank: rank in the data-parallel group.
         data_size: its size.
         encoder_shares_tiles: True when each tensor rank encodes a share of the tiles.
+        model_chunks: chunks of the model this rank holds; more than one with interleaving.
     """
 
     place: Rendezvous
@@ -46,6 +47,12 @@ class Topology:
     data_rank: int
     data_size: int
     encoder_shares_tiles: bool
+    model_chunks: int = 1
+
+    @property
+    def stages(self) -> tuple[ChunkStage, ...]:
+        """The place of each of this rank's model chunks in the forward pass."""
+        return tuple(ChunkStage(self, index) for index in range(self.model_chunks))
 
     @property
     def is_first_stage(self) -> bool:
@@ -68,6 +75,54 @@ class Topology:
             reads_images=self.is_first_stage,
             shares_tiles=self.encoder_shares_tiles,
         )
+
+
+@dataclass(frozen=True)
+class ChunkStage:
+    """The place of one model chunk: megatron-core deals the virtual stages to the pipeline ranks in turn.
+
+    Attributes:
+        topology: the rank that holds it.
+        index: which of the rank's chunks it is.
+    """
+
+    topology: Topology
+    index: int
+
+    @property
+    def groups(self) -> ProcessGroupCollection:
+        """megatron-core's process groups."""
+        return self.topology.groups
+
+    @property
+    def encoder_groups(self) -> ProcessGroupCollection:
+        """The groups the encoder is built on."""
+        return self.topology.encoder_groups
+
+    @property
+    def encoder_shares_tiles(self) -> bool:
+        """Whether each tensor rank encodes a share of the tiles."""
+        return self.topology.encoder_shares_tiles
+
+    @property
+    def position(self) -> int:
+        """Place in the forward pass, from 0."""
+        return self.index * self.topology.pipeline_size + self.topology.pipeline_rank
+
+    @property
+    def virtual_rank(self) -> int | None:
+        """Which of its rank's chunks it is; None without interleaving."""
+        return self.index if self.topology.model_chunks > 1 else None
+
+    @property
+    def is_first_stage(self) -> bool:
+        """Whether the chunk embeds tokens and encodes images."""
+        return self.position == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether the chunk ends with the output layer."""
+        return self.position == self.topology.model_chunks * self.topology.pipeline_size - 1
 
 
 def prepare_device(device: str, *, local_rank: int) -> torch.device:
@@ -127,6 +182,7 @@ def build_topology(parallel: ParallelConfig, *, place: Rendezvous) -> Topology:
         data_rank=groups.dp.rank(),
         data_size=groups.dp.size(),
         encoder_shares_tiles=shares_tiles,
+        model_chunks=parallel.virtual_pipeline_model_parallel_size or 1,
     )
 
 

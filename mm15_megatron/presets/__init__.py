@@ -7,13 +7,13 @@ from types import MappingProxyType
 
 from mm15_megatron.config.schema import RunConfig
 from mm15_megatron.errors import ConfigError, did_you_mean
-from mm15_megatron.presets import debug, mm1, mm15, mm15_moe
+from mm15_megatron.presets import debug, mm1, mm1_ablations, mm15, mm15_moe
 from mm15_megatron.presets.preset import Preset, Setting
 
 __all__ = ["REGISTRY", "Preset", "Setting", "resolve"]
 
 REGISTRY: Mapping[str, Preset] = MappingProxyType(
-    {preset.name: preset for module in (mm1, mm15, mm15_moe, debug) for preset in module.PRESETS}
+    {preset.name: preset for module in (mm1, mm1_ablations, mm15, mm15_moe, debug) for preset in module.PRESETS}
 )
 """Every preset by name."""
 

@@ -65,51 +65,92 @@ def tensor_parallel(size: int) -> tuple[Setting, ...]:
     return settings(FITS_80_GB, parallel=layout)
 
 
-def _encoder(
-    layers: int, *, hidden: int, heads: int, image: int, published: str, shape: str, activation: str
-) -> tuple[Setting, ...]:
+def _encoder(layers: int, *, hidden: int, heads: int, source: str) -> tuple[Setting, ...]:
     dimensions = {
         "num_layers": layers,
         "hidden_size": hidden,
         "num_attention_heads": heads,
         "ffn_hidden_size": 4 * hidden,
     }
+    return settings(source, vision=dimensions)
+
+
+def _clip(*, image: int, published: str, shape: str, activation: str) -> tuple[Setting, ...]:
     return (
-        *settings(shape, vision=dimensions | {"class_token": True}),
+        *settings(shape, vision={"class_token": True}),
         *settings(activation, vision={"activation": "quick_gelu"}),
         *settings(published, vision={"patch_size": 14, "image_size": image}),
         *settings("ours: unpublished", vision={"feature_layer": -1, "post_layernorm": False}),
     )
 
 
-VIT_H_378 = _encoder(
-    32,
-    hidden=1280,
-    heads=16,
-    image=378,
-    published="published: MM1 section 4, CLIP ViT-H/14 at 378 px",
-    shape="derived: open_clip ViT-H-14-378-quickgelu, the public DFN-5B weights",
-    activation="derived: open_clip ViT-H-14-378-quickgelu, the public DFN-5B weights",
-)
-VIT_L_336 = _encoder(
-    24,
-    hidden=1024,
-    heads=16,
-    image=336,
-    published="published: MM1 section 3.1, CLIP ViT-L/14 at 336 px",
-    shape="derived: open_clip ViT-L-14-336",
-    activation="ours: unpublished; as the ViT-H encoder",
-)
+def vit_h(image: int, *, section: str) -> tuple[Setting, ...]:
+    """Return the settings of CLIP ViT-H/14 on tiles of ``image`` pixels; ``section`` is the paper's place."""
+    source = "derived: open_clip ViT-H-14-378-quickgelu, the public DFN-5B weights"
+    published = f"published: {section}, CLIP ViT-H/14 at {image} px"
+    return (
+        *_encoder(32, hidden=1280, heads=16, source=source),
+        *_clip(image=image, published=published, shape=source, activation=source),
+    )
 
-C_ABSTRACTOR_144 = (
-    *settings(
-        "published: MM1 section 4, C-Abstractor with 144 tokens", connector={"kind": "c_abstractor", "num_tokens": 144}
+
+def vit_l(image: int, *, section: str) -> tuple[Setting, ...]:
+    """Return the settings of CLIP ViT-L/14 on tiles of ``image`` pixels; ``section`` is the paper's place."""
+    source = "derived: open_clip ViT-L-14" + ("" if image == 224 else f"-{image}")
+    published = f"published: {section}, CLIP ViT-L/14 at {image} px"
+    return (
+        *_encoder(24, hidden=1024, heads=16, source=source),
+        *_clip(image=image, published=published, shape=source, activation="ours: unpublished; as the ViT-H encoder"),
+    )
+
+
+def aim(hidden: int, *, section: str) -> tuple[Setting, ...]:
+    """Return the settings of the AIM encoder that is ``hidden`` wide (1536, 2048 or 3072) on tiles of 224 pixels."""
+    source = "derived: the public v1 models of apple/ml-aim"
+    architecture = {
+        "patch_size": 14,
+        "position_embedding": "sincos",
+        "pre_layernorm": "patches",
+        "patch_bias": True,
+        "add_bias_linear": False,
+        "activation": "gelu",
+        "class_token": False,
+        "norm_epsilon": 1e-6,
+        "post_layernorm": True,
+        "image_mean": (0.485, 0.456, 0.406),
+        "image_std": (0.229, 0.224, 0.225),
+    }
+    return (
+        *_encoder(24, hidden=hidden, heads=hidden // 128, source=source),
+        *settings(source, vision=architecture),
+        *settings(f"published: {section}, AIM at 224 px", vision={"image_size": 224}),
+        *settings("ours: unpublished", vision={"feature_layer": -1}),
+    )
+
+
+VIT_H_378 = vit_h(378, section="MM1 section 4")
+VIT_L_336 = vit_l(336, section="MM1 section 3.1")
+
+CONNECTOR_SIZES = {
+    "average_pool": (),
+    "attention_pool": settings(
+        "ours: unpublished; one layer as wide as Honeybee's resampler, with its heads",
+        connector={"hidden_size": 1024, "num_attention_heads": 16, "position_embedding": True},
     ),
-    *settings(
+    "c_abstractor": settings(
         "derived: Honeybee's released configuration, which MM1 follows",
         connector={"hidden_size": 1024, "depth": 3, "mlp_depth": 2, "position_embedding": True},
     ),
-)
+}
+"""What each kind of connector has sizes of; average pooling has none."""
+
+
+def connector(kind: str, tokens: int, *, source: str) -> tuple[Setting, ...]:
+    """Return the settings of a connector; ``source`` says where its kind and its number of tokens come from."""
+    return (*settings(source, connector={"kind": kind, "num_tokens": tokens}), *CONNECTOR_SIZES[kind])
+
+
+C_ABSTRACTOR_144 = connector("c_abstractor", 144, source="published: MM1 section 4, C-Abstractor with 144 tokens")
 
 PRECISION_AND_OVERLAP = settings(
     "ours: bf16 compute, fp32 master weights and sharded optimizer state",

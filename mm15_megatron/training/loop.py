@@ -111,6 +111,7 @@ def step_figures(training: Run, taken: Taken) -> dict[str, float | int | None]:
         "train/grad_norm": output.grad_norm,
         "train/targets": output.targets,
         "train/skipped_steps": training.state.skipped_steps,
+        **_router_figures(output),
         **{f"lr/{module}": taken.factor * rate for module, rate in learning_rates(cfg).items()},
         "data/global_batch": taken.rows,
         "data/consumed_rows": training.state.consumed_rows,
@@ -125,6 +126,22 @@ def step_figures(training: Run, taken: Taken) -> dict[str, float | int | None]:
         "speed/peak_tflops": training.peak,
         "speed/utilisation": per_rank / training.peak if training.peak else None,
     }
+
+
+def _router_figures(output: StepOutput) -> dict[str, float | int | None]:
+    """Losses, drops and loads of each sparse layer; a load is a multiple of the mean load."""
+    figures: dict[str, float | int | None] = {}
+    for router in output.router:
+        experts = len(router.load)
+        values = {
+            "balance": router.balance,
+            "z": router.z,
+            "dropped": router.dropped,
+            "max_load": max(router.load) * experts,
+            "min_load": min(router.load) * experts,
+        }
+        figures |= {f"router/layer_{router.layer:02d}/{name}": value for name, value in values.items()}
+    return figures
 
 
 def report(training: Run, taken: Taken, figures: dict[str, float | int | None]) -> None:

@@ -14,7 +14,7 @@ from mm15_megatron.batch import MMBatch, RowRecord
 from mm15_megatron.checkpoint.store import Checkpoint, load_training, save_checkpoint
 from mm15_megatron.config.schema import RunConfig
 from mm15_megatron.data.loader import Loader, build_loader
-from mm15_megatron.models.build import build_model, check_replicas
+from mm15_megatron.models.build import build_chunks, check_replicas
 from mm15_megatron.parallel.rendezvous import Rendezvous
 from mm15_megatron.parallel.seeds import seed_everything
 from mm15_megatron.parallel.topology import Topology, build_topology, close_topology
@@ -155,7 +155,7 @@ def _fair_threads(place: Rendezvous) -> int:
 
 
 def _build_parts(cfg: RunConfig, topology: Topology) -> StepParts:
-    model = build_model(cfg, stage=topology)
-    check_replicas(model, group=topology.groups.tp)
-    chunks: list[DistributedDataParallel] = wrap_chunks(cfg, [model])
+    models = build_chunks(cfg, stages=topology.stages)
+    check_replicas(models, group=topology.groups.tp)
+    chunks: list[DistributedDataParallel] = wrap_chunks(cfg, models)
     return StepParts(cfg=cfg, topology=topology, chunks=chunks, optimizer=build_optimizer(cfg, chunks))

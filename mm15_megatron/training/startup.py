@@ -79,6 +79,11 @@ def _layout_facts(cfg: RunConfig, topology: Topology) -> list[tuple[str, str]]:
         if on
     ]
     sizes = f"tensor {topology.tensor_size} x pipeline {topology.pipeline_size} x data {topology.data_size}"
+    if cfg.moe.num_moe_experts:
+        groups = topology.groups
+        sizes += f", experts {groups.ep.size()} x tensor {groups.expt_tp.size()} x data {groups.expt_dp.size()}"
+    if topology.model_chunks > 1:
+        sizes += f", {topology.model_chunks} interleaved chunks a stage"
     device = torch.cuda.get_device_name(topology.device) if topology.device.type == "cuda" else "cpu"
     return [
         ("layout", ", ".join([f"{place.world_size} ranks ({place.launcher}): {sizes}", *extras])),

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import tee
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
@@ -19,6 +20,7 @@ from mm15_megatron.config.schema import RunConfig
 from mm15_megatron.parallel.reduce import finalise_gradients, global_sum
 from mm15_megatron.parallel.topology import Topology
 from mm15_megatron.training.losses import token_losses, vocabulary_shard
+from mm15_megatron.training.router_figures import RouterFigures, begin_step, router_figures
 
 
 @dataclass(frozen=True)
@@ -46,11 +48,13 @@ class LossSums:
         cross_entropy: weighted sum of token losses.
         squared_lse: weighted sum of logsumexp ** 2.
         weight: sum of the target weights.
+        router: what the routers of each sparse layer did; empty for a dense model and in evaluation.
     """
 
     cross_entropy: float
     squared_lse: float
     weight: float
+    router: tuple[RouterFigures, ...] = ()
 
     @property
     def loss(self) -> float:
@@ -68,6 +72,7 @@ class StepOutput:
         targets: sum of target weights.
         grad_norm: global gradient norm before clipping.
         applied: False when nothing was updated: loss or gradients were not finite, or there was no target.
+        router: what the routers of each sparse layer did; empty for a dense model.
     """
 
     loss: float
@@ -75,6 +80,7 @@ class StepOutput:
     targets: float
     grad_norm: float
     applied: bool
+    router: tuple[RouterFigures, ...] = ()
 
 
 class _Sums:
@@ -106,7 +112,7 @@ def train_step(parts: StepParts, batches: Iterator[MMBatch], *, num_microbatches
     sums = accumulate_gradients(parts, batches, num_microbatches=num_microbatches)
     grad_norm, applied = apply_gradients(optimizer, loss_is_finite=math.isfinite(sums.loss))
     z_loss = sums.squared_lse / sums.weight if sums.weight else math.nan
-    return StepOutput(sums.loss, z_loss, sums.weight, grad_norm, applied=applied)
+    return StepOutput(sums.loss, z_loss, sums.weight, grad_norm, applied=applied, router=sums.router)
 
 
 def apply_gradients(optimizer: ChainedOptimizer, *, loss_is_finite: bool = True) -> tuple[float, bool]:
@@ -127,14 +133,20 @@ def apply_gradients(optimizer: ChainedOptimizer, *, loss_is_finite: bool = True)
 
 
 def accumulate_gradients(parts: StepParts, batches: Iterator[MMBatch], *, num_microbatches: int) -> LossSums:
-    """Run forward and backward on one global batch and leave final gradients in the buffers."""
-    sums = _Sums(parts.topology.device)
+    """Run forward and backward on one global batch and leave final gradients in the buffers.
+
+    Raises:
+        DataError: the model has experts and the first micro-batch does not carry ``step_counts``.
+    """
+    cfg, topology = parts.cfg, parts.topology
+    sums = _Sums(topology.device)
+    batches = begin_step(parts.chunks, batches, cfg=cfg, topology=topology)
     set_gradient_hook(
         parts,
-        lambda chunks: finalise_gradients(chunks, target_weight=sums.total[2].float(), topology=parts.topology),
+        lambda chunks: finalise_gradients(chunks, target_weight=sums.total[2].float(), topology=topology),
     )
     _run_schedule(parts, batches, sums, num_microbatches=num_microbatches, forward_only=False)
-    return _global(sums, parts.topology)
+    return replace(_global(sums, topology), router=router_figures(parts.chunks, cfg=cfg, topology=topology))
 
 
 @torch.no_grad()
@@ -162,10 +174,11 @@ def set_gradient_hook(parts: StepParts, hook: Callable[[Sequence[DistributedData
 def _run_schedule(
     parts: StepParts, batches: Iterator[MMBatch], sums: _Sums, *, num_microbatches: int, forward_only: bool
 ) -> None:
-    cfg = parts.cfg
+    cfg, chunks = parts.cfg, len(parts.chunks)
     get_forward_backward_func()(
         forward_step_func=partial(_forward_step, cfg=cfg, topology=parts.topology, sums=sums),
-        data_iterator=batches,
+        # Interleaved chunks each walk through the same micro-batches at their own pace.
+        data_iterator=list(tee(batches, chunks)) if chunks > 1 else batches,
         model=list(parts.chunks),
         num_microbatches=num_microbatches,
         # Rows of a micro-batch lie end to end as one packed sequence; per-row shapes would break transfers.

@@ -17,7 +17,10 @@ from mm15_megatron.errors import ConfigError
 from mm15_megatron.presets import REGISTRY, resolve
 
 MOE = "moe.num_moe_experts=4"
+CAPACITY = "moe.moe_expert_capacity_factor=1.0"
 POOL = "connector.kind=average_pool"
+ATTENTION = "connector.kind=attention_pool"
+SINCOS = "vision.position_embedding=sincos"
 DYNAMIC, STATIC = "tiling.mode=dynamic", "tiling.mode=static"
 CONSTANT = "schedule.decay=constant"
 ADAFACTOR = "optimizer.name=adafactor"
@@ -35,11 +38,15 @@ CASES = [
     ("moe.moe_aux_loss_coeff=0.1", [], 1, [MOE], 1),
     ("moe.moe_z_loss_coeff=0.1", [], 1, [MOE], 1),
     ("moe.moe_expert_capacity_factor=1.0", [], 1, [MOE], 1),
-    ("parallel.expert_model_parallel_size=2", [], 2, [MOE], 2),
+    ("moe.moe_router_load_balancing_type=gshard_top1", [], 1, [MOE], 1),
+    ("moe.moe_capacity_group_size=32", [MOE], 1, [MOE, CAPACITY], 1),
+    ("moe.moe_token_drop_policy=probs", [MOE], 1, [MOE, CAPACITY], 1),
     ("parallel.expert_tensor_parallel_size=2", [], 2, [MOE], 2),
     ("connector.hidden_size=32", [POOL], 1, [], 1),
     ("connector.depth=2", [POOL], 1, [], 1),
-    ("connector.mlp_depth=1", [POOL], 1, [], 1),
+    ("connector.mlp_depth=1", [ATTENTION], 1, [], 1),
+    ("connector.num_attention_heads=2", [POOL], 1, [ATTENTION], 1),
+    ("vision.position_grid_size=2", [SINCOS, POOL], 1, [SINCOS], 1),
     ("connector.position_embedding=false", [POOL], 1, [], 1),
     ("connector.norm_epsilon=1e-6", [POOL], 1, [], 1),
     ("optimizer.vision_lr=1e-5", [FROZEN_ENCODER], 1, [], 1),
@@ -59,6 +66,7 @@ CASES = [
     ("parallel.ddp_bucket_size=1000", [], 2, [OVERLAP], 2),
     ("parallel.grad_reduce_in_fp32=false", [], 2, [BF16], 2),
     ("kernels.recompute_num_layers=2", ["kernels.recompute_granularity=selective"], 1, [FULL], 1),
+    ("data.row_dealing=round_robin", [TP2], 2, [], 2),
     ("data.prefetch_factor=4", ["data.num_workers=0"], 1, [], 1),
     ("data.validation_sources=[{prefix: a}]", [], 1, ["train.validation_interval=5"], 1),
     ("train.validation_steps=3", [], 1, ["train.validation_interval=5"], 1),

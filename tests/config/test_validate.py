@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 
-from mm15_megatron.config import validate as rules
 from mm15_megatron.config.parse import apply_overrides
 from mm15_megatron.config.tree import with_values
 from mm15_megatron.config.validate import (
@@ -19,10 +18,15 @@ from mm15_megatron.presets import resolve
 
 TRAINABLE = apply_overrides(resolve("debug_dense"), ["data.sources=[{prefix: a}]", "data.tokenizer=tokenizer.json"])
 
+RULE = {rule.__name__: rule for rule in RULES}
+
 TP2 = "parallel.tensor_model_parallel_size=2"
 TP4 = "parallel.tensor_model_parallel_size=4"
 PP2 = "parallel.pipeline_model_parallel_size=2"
 PP3 = "parallel.pipeline_model_parallel_size=3"
+VPP2 = "parallel.virtual_pipeline_model_parallel_size=2"
+MOE = "moe.num_moe_experts=4"
+EP2 = "parallel.expert_model_parallel_size=2"
 
 CASES = [
     ("_ranges", 1, ["train.steps=0"], "train.steps = 0 is out of range"),
@@ -60,10 +64,22 @@ CASES = [
         "vision.image_size = 57 is not divisible by vision.patch_size = 14",
     ),
     ("_encoder_shape", 1, ["vision.num_attention_heads=5"], "vision.hidden_size = 32 is not divisible"),
+    (
+        "_encoder_shape",
+        1,
+        ["vision.position_embedding=sincos", "vision.hidden_size=34"],
+        "vision.hidden_size = 34 is not divisible by the sines and cosines of two axes = 4",
+    ),
     ("_feature_layer", 1, ["vision.feature_layer=-4"], "is no block of an encoder of 3"),
     ("_feature_layer", 1, ["vision.feature_layer=0"], "count from the end"),
     ("_connector_grid", 1, ["connector.num_tokens=5"], "connector.num_tokens = 5 is not a square"),
     ("_connector_grid", 1, ["connector.num_tokens=25"], "more than the 4x4 patches"),
+    (
+        "_connector_heads",
+        1,
+        ["connector.kind=attention_pool", "connector.num_attention_heads=3"],
+        "connector.hidden_size = 16 is not divisible by connector.num_attention_heads = 3",
+    ),
     ("_image_fits_row", 1, ["data.seq_length=5"], "an image of 1 tiles x 4 tokens and text overflow"),
     ("_image_fits_row", 1, ["tiling.mode=dynamic", "data.seq_length=41", "data.max_tiles=20"], "10 tiles x 4 tokens"),
     ("_tile_budget", 1, ["tiling.mode=dynamic", "tiling.min_tiles=5", "tiling.max_tiles=4"], "is above"),
@@ -77,8 +93,36 @@ CASES = [
         "cannot give each of 5 pipeline stages a layer",
     ),
     ("_pipeline_split", 1, ["parallel.num_layers_in_first_pipeline_stage=2"], "has no effect without a pipeline"),
-    ("_pipeline_split", 3, [PP3, "parallel.num_layers_in_first_pipeline_stage=1"], "use 2, or leave it"),
-    ("_pipeline_split", 2, [PP2, "parallel.num_layers_in_first_pipeline_stage=4"], "use 1 or 2 or 3, or leave it"),
+    ("_pipeline_split", 1, [VPP2], "virtual_pipeline_model_parallel_size = 2 has no effect without a pipeline"),
+    ("_pipeline_split", 2, [PP2, "parallel.num_layers_in_first_pipeline_stage=4"], "leaves 0 of 4 layers to 1 other"),
+    ("_pipeline_split", 3, [PP3, VPP2], "cannot give each of 3 pipeline stages x 2 model chunks a layer"),
+    ("_interleaving", 2, [PP2, "parallel.virtual_pipeline_model_parallel_size=1"], "is a plain pipeline"),
+    ("_interleaving", 2, [PP2, VPP2, "train.global_batch_size=6"], "the micro-batches of a step = 3 is not divisible"),
+    (
+        "_interleaving",
+        2,
+        [PP2, VPP2, "train.rampup_batch_size=[4, 2, 10]", "train.global_batch_size=8"],
+        "the micro-batches of a step = 1 is not divisible",
+    ),
+    ("_routing", 1, [MOE, "moe.moe_router_topk=5"], "moe_router_topk = 5 is more than moe.num_moe_experts = 4"),
+    ("_routing", 1, [MOE, "moe.moe_layer_period=5"], "makes none of 4 layers sparse"),
+    ("_expert_parallel", 2, [EP2], "but the model has no experts"),
+    ("_expert_parallel", 3, [MOE, "parallel.expert_model_parallel_size=3", "train.global_batch_size=12"], "= 4 is not"),
+    ("_expert_parallel", 1, [MOE, EP2], "the ranks of a pipeline stage .tensor x data x context. = 1 is not divisible"),
+    ("_expert_parallel", 2, [MOE, TP2, "parallel.expert_tensor_parallel_size=4"], "size = 2 is not divisible by"),
+    ("_tokens_of_a_rank", 2, [MOE, TP2, "data.seq_length=127", "train.micro_batch_size=1"], "= 127 is not divisible"),
+    (
+        "_tokens_of_a_rank",
+        1,
+        [MOE, "moe.moe_expert_capacity_factor=1", "moe.moe_capacity_group_size=48"],
+        "data.seq_length = 128 is not divisible by moe.moe_capacity_group_size = 48",
+    ),
+    (
+        "_tokens_of_a_rank",
+        2,
+        [MOE, TP2, "moe.moe_expert_capacity_factor=1", "moe.moe_capacity_group_size=128", "train.micro_batch_size=1"],
+        "the tokens of one tensor-parallel rank = 64 is not divisible",
+    ),
     ("_sequence_parallel", 1, ["parallel.sequence_parallel=true"], "has no effect with"),
     (
         "_sequence_parallel",
@@ -111,10 +155,7 @@ CASES = [
     ("_sources", 1, ["data.sources=[{weight: 1}]"], r"data.sources\[0\] has prefix ''"),
     ("_sources", 1, ["data.validation_sources=[{prefix: a, weight: 0}]"], "weight 0.0"),
     ("_sources", 1, ["train.validation_interval=5"], "there is no data.validation_sources"),
-    ("_no_interleaving", 2, [PP2, "parallel.virtual_pipeline_model_parallel_size=2"], "not trained"),
     ("_no_context_parallel", 2, ["parallel.context_parallel_size=2"], "set parallel.context_parallel_size=1"),
-    ("_no_experts", 1, ["moe.num_moe_experts=4"], "choose a dense preset"),
-    ("_no_expert_parallel", 2, ["parallel.expert_model_parallel_size=2"], "expert_model_parallel_size=1"),
     ("_no_adafactor", 1, ["optimizer.name=adafactor"], "set optimizer.name=adamw"),
     ("_no_tile_indicator", 1, ["tiling.indicator=index"], "tiling.indicator = 'index' can be printed"),
     ("_no_tile_indicator", 1, ["tiling.indicator=seps"], "set tiling.indicator=none"),
@@ -132,7 +173,7 @@ CASES = [
 def test_rule(rule, world, overrides, message):
     cfg = apply_overrides(TRAINABLE, overrides)
     with pytest.raises(ConfigError, match=message) as direct:
-        getattr(rules, rule)(cfg, world)
+        RULE[rule](cfg, world)
     assert direct.value.fix
     with pytest.raises(ConfigError, match=message):
         validate(cfg, world_size=world)
@@ -145,8 +186,7 @@ def test_types_are_checked_for_configurations_made_in_python():
 
 
 def test_every_rule_has_a_case():
-    triggered = {getattr(rules, case[0]) for case in CASES} | {rules._types_and_choices}
-    assert set(RULES) == triggered
+    assert set(RULE) == {case[0] for case in CASES} | {"_types_and_choices"}
 
 
 @pytest.mark.parametrize(
@@ -159,11 +199,20 @@ def test_every_rule_has_a_case():
         (4, [TP2, PP2]),
         (3, [PP3]),
         (3, [PP3, "parallel.num_layers_in_first_pipeline_stage=2"]),
+        (3, [PP3, "parallel.num_layers_in_first_pipeline_stage=1"]),
+        (2, [PP2, VPP2]),
+        (2, [MOE, EP2]),
+        (2, [MOE, TP2]),
+        (8, [MOE, TP2, PP2, EP2, "parallel.sequence_parallel=true"]),
+        (2, [MOE, TP2, EP2, "parallel.expert_tensor_parallel_size=1"]),
+        (2, [MOE, TP2, "moe.moe_expert_capacity_factor=1", "moe.moe_capacity_group_size=64"]),
         (2, ["parallel.use_distributed_optimizer=true", "parallel.overlap_grad_reduce=true"]),
         (1, ["train.rampup_batch_size=[2, 2, 10]"]),
         (1, ["freeze.vision=true", "freeze.connector=true"]),
         (1, ["tiling.mode=static"]),
         (1, ["vision.feature_layer=-3"]),
+        (1, ["vision.position_embedding=sincos", "vision.class_token=false", "connector.num_attention_heads=3"]),
+        (1, ["connector.kind=attention_pool", "connector.num_tokens=5"]),
         (1, ["optimizer.lr=null"]),
         (1, ["kernels.recompute_granularity=full", "kernels.recompute_num_layers=2"]),
         (1, ["data.validation_sources=[{prefix: a}]", "train.validation_interval=5"]),
@@ -180,7 +229,8 @@ def test_data_parallel_size():
 
 def test_feasible_first_stages():
     assert feasible_first_stages(apply_overrides(resolve("debug_dense"), [PP2])) == (1, 2, 3)
-    assert feasible_first_stages(apply_overrides(resolve("debug_dense"), [PP3])) == (2,)
+    assert feasible_first_stages(apply_overrides(resolve("debug_dense"), [PP3])) == (1, 2)
+    assert feasible_first_stages(apply_overrides(resolve("debug_dense"), [PP2, VPP2])) == (1,)
 
 
 @pytest.mark.parametrize(("mode", "tiles"), [("none", 1), ("static", 5), ("dynamic", 10)])

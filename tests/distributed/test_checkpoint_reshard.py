@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,14 +15,16 @@ from mm15_megatron.checkpoint.store import load_training, load_weights, open_che
 from mm15_megatron.checkpoint.torch_dist import load_tensors, stored_shapes
 from mm15_megatron.config.schema import RunConfig
 from mm15_megatron.parallel.topology import close_topology
+from mm15_megatron.parity.compare import FP32_SCALAR
+from mm15_megatron.parity.ranks import RankFailure, run_on_ranks
+from mm15_megatron.parity.trace import build_parts, micro_batches
 from mm15_megatron.training.step import StepParts, evaluate_step, train_step
 
 from ..helpers.layouts import LAYOUTS, Layout, change, debug_config
-from ..helpers.parity import FP32_SCALAR, build_parts, micro_batches
-from ..helpers.ranks import RankFailure, run_on_ranks
 
 BEFORE, AFTER = 3, 5
 TITLE = "resume across layouts (next five losses and gradient norms against the straight run of one rank)"
+DENSE, SPARSE = "debug_dense", "debug_moe"
 
 ONE = Layout(1, {})
 OVERLAP = "dp2-overlap-many-buckets"
@@ -29,7 +33,32 @@ MATRIX = {
     **{name: LAYOUTS[name] for name in ("tp2", "tp2sp", "pp2", "dp2", "dp2-dist-opt", OVERLAP, "tp2pp2")},
 }
 
+SHARDED = {"use_distributed_optimizer": True}
+SPARSE_MATRIX = {
+    "one": ONE,
+    "tp2sp-etp1": Layout(
+        2,
+        {"parallel": {"tensor_model_parallel_size": 2, "sequence_parallel": True, "expert_tensor_parallel_size": 1}},
+    ),
+    "ep2-dist-opt": Layout(2, {"parallel": {"expert_model_parallel_size": 2, **SHARDED}}),
+    "vpp2": Layout(2, {"parallel": {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}}),
+    "tp2pp2ep2": Layout(
+        8,
+        {
+            "parallel": {
+                "tensor_model_parallel_size": 2,
+                "sequence_parallel": True,
+                "pipeline_model_parallel_size": 2,
+                "expert_model_parallel_size": 2,
+                **SHARDED,
+            }
+        },
+    ),
+}
+MATRICES = {DENSE: MATRIX, SPARSE: SPARSE_MATRIX}
+
 Figures = list[tuple[float, float]]
+Saved = tuple[dict[str, str], dict[str, Figures]]
 
 
 def _steps(parts: StepParts, first: int, count: int) -> Figures:
@@ -79,20 +108,32 @@ def _resume(cfg: RunConfig, run_dirs: dict[str, str]) -> dict[str, Figures]:
     return found
 
 
-def _in(run_dir: Path, layout: Layout, **sections: dict[str, object]) -> RunConfig:
-    cfg = change(debug_config(), train={"run_dir": str(run_dir)})
+def _in(run_dir: Path, layout: Layout, *, preset: str = DENSE, **sections: dict[str, object]) -> RunConfig:
+    cfg = change(debug_config(preset), train={"run_dir": str(run_dir)})
     return change(layout.apply(cfg), **sections)
 
 
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, str], dict[str, Figures]]:
-    """A run directory of each layout, and what its uninterrupted run shows after the checkpoint."""
-    run_dirs, straight = {}, {}
-    for name, layout in MATRIX.items():
-        run_dir = tmp_path_factory.mktemp(name)
-        straight[name] = run_on_ranks(_train_and_save, layout.world_size, cfg=_in(run_dir, layout))[0]
-        run_dirs[name] = str(run_dir)
-    return run_dirs, straight
+def saved_runs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Saved]:
+    """By preset: a run directory of each layout, and what its uninterrupted run shows after the checkpoint."""
+
+    @functools.cache
+    def save_all(preset: str) -> Saved:
+        run_dirs, straight = {}, {}
+        for name, layout in MATRICES[preset].items():
+            run_dir = tmp_path_factory.mktemp(name)
+            cfg = _in(run_dir, layout, preset=preset)
+            straight[name] = run_on_ranks(_train_and_save, layout.world_size, cfg=cfg)[0]
+            run_dirs[name] = str(run_dir)
+        return run_dirs, straight
+
+    return save_all
+
+
+@pytest.fixture
+def saved(saved_runs: Callable[[str], Saved]) -> Saved:
+    """The runs of the dense model."""
+    return saved_runs(DENSE)
 
 
 def _distance(left: Figures, right: Figures) -> float:
@@ -101,19 +142,21 @@ def _distance(left: Figures, right: Figures) -> float:
     return max(max(abs(a[0] - b[0]), abs(a[1] - b[1]) / b[1]) for a, b in pairs)
 
 
-@pytest.mark.parametrize("into", MATRIX)
+@pytest.mark.parametrize(("preset", "into"), [(preset, into) for preset, matrix in MATRICES.items() for into in matrix])
 def test_resume_in_layout(
-    into: str, saved: tuple[dict[str, str], dict[str, Figures]], table: dict[str, list[str]]
+    preset: str, into: str, saved_runs: Callable[[str], Saved], table: dict[str, list[str]]
 ) -> None:
     """Every layout's checkpoint continues here; bitwise when this layout saved it."""
-    run_dirs, straight = saved
-    layout = MATRIX[into]
-    # its own checkpoint last: seven foreign ones were loaded into the same process before it
-    order = {name: run_dirs[name] for name in [*(n for n in MATRIX if n != into), into]}
-    found = run_on_ranks(_resume, layout.world_size, cfg=_in(Path(run_dirs[into]), layout), run_dirs=order)[0]
-    distances = {name: _distance(found[name], straight["one"]) for name in MATRIX}
-    lines = table.setdefault(TITLE, [f"{'loaded in':14}" + "".join(f"{'from ' + name[:12]:>19}" for name in MATRIX)])
-    lines.append(f"{into[:12]:14}" + "".join(f"{distances[name]:19.1e}" for name in MATRIX))
+    run_dirs, straight = saved_runs(preset)
+    matrix, layout = MATRICES[preset], MATRICES[preset][into]
+    # its own checkpoint last: all foreign ones were loaded into the same process before it
+    order = {name: run_dirs[name] for name in [*(n for n in matrix if n != into), into]}
+    cfg = _in(Path(run_dirs[into]), layout, preset=preset)
+    found = run_on_ranks(_resume, layout.world_size, cfg=cfg, run_dirs=order)[0]
+    distances = {name: _distance(found[name], straight["one"]) for name in matrix}
+    header = f"{'loaded in':14}" + "".join(f"{'from ' + name[:12]:>19}" for name in matrix)
+    lines = table.setdefault(f"{TITLE}, {preset}", [header])
+    lines.append(f"{into[:12]:14}" + "".join(f"{distances[name]:19.1e}" for name in matrix))
     assert found[into] == straight[into], "resuming in the same layout is not bitwise the straight run"
     assert max(distances.values()) <= FP32_SCALAR, distances
 
@@ -149,7 +192,7 @@ def _evaluate_weights(cfg: RunConfig, run_dir: str) -> float:
     return sums.loss
 
 
-def test_weights_alone(saved: tuple[dict[str, str], dict[str, Figures]]) -> None:
+def test_weights_alone(saved: Saved) -> None:
     """Evaluation reads the parameters of a checkpoint without its optimizer, in another layout."""
     run_dirs, straight = saved
     for source, layout in (("dp2-dist-opt", MATRIX["tp2pp2"]), ("tp2pp2", ONE), (OVERLAP, ONE)):
@@ -191,7 +234,7 @@ def _keys(cfg: RunConfig) -> list[str]:
     return sorted(stored_shapes(latest.folder / "tensors"))
 
 
-def test_stored_names_do_not_depend_on_the_layout(saved: tuple[dict[str, str], dict[str, Figures]]) -> None:
+def test_stored_names_do_not_depend_on_the_layout(saved: Saved) -> None:
     """Every layout writes the same keys and shapes, without prefixes of optimizers or stages."""
     run_dirs, _ = saved
     keys = {name: run_on_ranks(_keys, 1, cfg=_in(Path(run_dir), ONE))[0] for name, run_dir in run_dirs.items()}
@@ -220,7 +263,7 @@ def _resume_with_fault(cfg: RunConfig, run_dirs: dict[str, str], fault: str) -> 
 
 
 @pytest.mark.parametrize("fault", ["step", "master", "exp_avg", "exp_avg_sq"])
-def test_planted_fault_is_found(fault: str, saved: tuple[dict[str, str], dict[str, Figures]]) -> None:
+def test_planted_fault_is_found(fault: str, saved: Saved) -> None:
     """The comparison fails when any one part is not restored (the first loss alone would miss three of four)."""
     run_dirs, straight = saved
     cfg = _in(Path(run_dirs["one"]), MATRIX["dp2-dist-opt"])

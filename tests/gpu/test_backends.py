@@ -36,7 +36,7 @@ def gpu_config(transformer_impl: str, dtype: str) -> RunConfig:
 
 def build(topology: Topology, cfg: RunConfig) -> MM15Model:
     """One rank's whole model."""
-    return build_model(cfg, stage=topology)
+    return build_model(cfg, stage=topology.stages[0])
 
 
 def mixed_batch(cfg: RunConfig) -> MMBatch:

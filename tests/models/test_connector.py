@@ -1,4 +1,4 @@
-"""Connectors against a plain NCHW implementation written from MM1 section 3.2."""
+"""Connectors against plain implementations: NCHW convolutions, pooling by windows, torch's own attention."""
 
 from __future__ import annotations
 
@@ -185,6 +185,80 @@ def test_average_pooling_equals_its_definition(grid: int, tokens: int, generator
     torch.testing.assert_close(ours.projection.bias.grad, plain.bias.grad, **FP32_REORDERED)
 
 
+class PlainAttentionPool(nn.Module):
+    """Normalised queries attend to normalised patches by torch's own multi-head attention; then a linear layer."""
+
+    def __init__(self, cfg: RunConfig) -> None:
+        super().__init__()
+        connector, d = cfg.connector, cfg.vision.hidden_size
+        c, self.grid = connector.hidden_size, cfg.vision.stored_grid_size
+        self.positions = connector.position_embedding
+        if self.positions:
+            self.position_embedding = nn.Parameter(torch.zeros(self.grid**2, d))
+        self.query_embedding = nn.Parameter(torch.zeros(connector.num_tokens, c))
+        self.query_norm, self.feature_norm = nn.LayerNorm(c), nn.LayerNorm(d)
+        self.attention = nn.MultiheadAttention(
+            c, connector.num_attention_heads, bias=False, kdim=d, vdim=d, batch_first=True
+        )
+        self.attention.out_proj.weight = nn.Parameter(torch.eye(c), requires_grad=False)
+        self.projection = nn.Linear(c, cfg.language.hidden_size)
+
+    def forward(self, x_NPD: torch.Tensor) -> torch.Tensor:
+        side = int(x_NPD.shape[1] ** 0.5)
+        if self.positions:
+            table = self.position_embedding.T.reshape(1, -1, self.grid, self.grid)
+            table = F.interpolate(table, size=(side, side), mode="bicubic", align_corners=False)
+            x_NPD = x_NPD + table.flatten(2).transpose(1, 2)
+        x_NPD = self.feature_norm(x_NPD)
+        queries = self.query_norm(self.query_embedding).expand(len(x_NPD), -1, -1)
+        return self.projection(self.attention(queries, x_NPD, x_NPD, need_weights=False)[0])
+
+
+PLAIN_NAMES = {
+    f"{projection}.weight": f"attention.{projection[0]}_proj_weight" for projection in ("query", "key", "value")
+}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"tokens": 144, "num_attention_heads": 4},
+        {"tokens": 7, "num_attention_heads": 1, "position_embedding": False},  # any number of tokens
+        {"grid": 6, "stored_grid": 4, "tokens": 50, "num_attention_heads": 8},  # more tokens than patches
+    ],
+)
+def test_attention_pooling_equals_torchs_attention(settings: dict, generator: torch.Generator) -> None:
+    cfg = small_config(kind="attention_pool", **settings)
+    ours, plain = build_connector(cfg), PlainAttentionPool(cfg)
+    randomise(ours, generator)
+    state = {PLAIN_NAMES.get(name, name): p.detach() for name, p in ours.named_parameters()}
+    plain.load_state_dict(state | {"attention.out_proj.weight": plain.attention.out_proj.weight})
+
+    features = torch.randn(2, cfg.vision.grid_size**2, cfg.vision.hidden_size, generator=generator)
+    inputs = [features.clone().requires_grad_() for _ in range(2)]
+    outputs = [module(x) for module, x in zip((ours, plain), inputs, strict=True)]
+    assert outputs[0].shape == (2, cfg.connector.num_tokens, cfg.language.hidden_size)
+    torch.testing.assert_close(*outputs, **FP32_REORDERED)
+
+    upstream = torch.randn(outputs[0].shape, generator=generator) / outputs[0].numel() ** 0.5
+    for output in outputs:
+        output.backward(upstream)
+    torch.testing.assert_close(inputs[0].grad, inputs[1].grad, **FP32_REORDERED)
+    expected = {name: parameter.grad for name, parameter in plain.named_parameters()}
+    for name, parameter in ours.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[PLAIN_NAMES.get(name, name)], **FP32_REORDERED, msg=name)
+
+
+def test_attention_pooling_sees_places_by_its_table_alone(generator: torch.Generator) -> None:
+    features = torch.randn(1, 36, 40, generator=generator)
+    moved = features[:, torch.randperm(36, generator=generator)]
+    for table in (True, False):
+        cfg = small_config(grid=6, tokens=5, kind="attention_pool", num_attention_heads=2, position_embedding=table)
+        connector = build_connector(cfg)
+        randomise(connector, generator)
+        assert torch.allclose(connector(features), connector(moved), **FP32_REORDERED) == (not table)
+
+
 @pytest.mark.parametrize(
     ("width", "image_size", "decoder", "millions"),
     [
@@ -215,9 +289,9 @@ def test_first_block_squeezes_by_its_own_input_width() -> None:
     assert [block.squeeze.out_features for block in connector.after_pool] == [6, 6]
 
 
-@pytest.mark.parametrize("kind", ["c_abstractor", "average_pool"])
+@pytest.mark.parametrize("kind", ["c_abstractor", "average_pool", "attention_pool"])
 def test_bf16_parameters_give_bf16_tokens(kind: str, generator: torch.Generator) -> None:
-    cfg = small_config(grid=6, stored_grid=4, tokens=9, dtype="bf16", kind=kind)
+    cfg = small_config(grid=6, stored_grid=4, tokens=9, dtype="bf16", kind=kind, num_attention_heads=3)
     connector = build_connector(cfg)
     assert {p.dtype for p in connector.parameters()} == {torch.bfloat16}
     features = torch.randn(1, 36, 40, generator=generator).bfloat16()

@@ -23,8 +23,41 @@ EXPECTED_MODELS = (
 ).split()
 
 
+ENCODERS = "vit_l_224 vit_l_336 vit_h_224 vit_h_336 vit_h_378 aim_600m aim_1b aim_3b".split()
+CONNECTORS = ("average_pool", "attention_pool", "c_abstractor")
+CONNECTOR_POINTS = ((224, 64), (336, 64), (336, 144))
+
+
 def test_every_model_of_the_family_is_there():
     assert set(EXPECTED_MODELS) <= set(REGISTRY)
+
+
+def test_encoder_ablations_change_the_encoder_alone():
+    names = [f"mm1_encoder_{name}" for name in ENCODERS]
+    assert [name for name in REGISTRY if name.startswith("mm1_encoder_")] == names
+    base = resolve(names[0])
+    assert model_parameters(base).language.non_embedding == pytest.approx(2.9e9, rel=1e-2)
+    assert (base.connector.kind, base.connector.num_tokens) == ("c_abstractor", 144)
+    for name in names[1:]:
+        changed = {d.path.split(".")[0] for d in diff(base, resolve(name))}
+        assert changed == {"preset", "train", "vision"}, name
+
+
+def test_connector_ablations_are_the_points_of_the_figure():
+    base = resolve("mm1_ablation_base")
+    for kind in CONNECTORS:
+        for image, tokens in CONNECTOR_POINTS:
+            cfg = resolve(f"mm1_connector_{kind}_{image}_{tokens}")
+            assert (cfg.connector.kind, cfg.vision.image_size, cfg.connector.num_tokens) == (kind, image, tokens)
+            changed = {d.path for d in diff(base, cfg)}
+            assert changed <= {
+                "preset",
+                "train.run_dir",
+                "vision.image_size",
+                "connector.kind",
+                "connector.num_tokens",
+            }
+    assert len([name for name in REGISTRY if name.startswith("mm1_connector_")]) == 9
 
 
 def test_golden_texts_are_todays_presets():
@@ -61,13 +94,17 @@ def test_presets_pass_every_rule_of_shape(name):
             rule(cfg, world)
 
 
-@pytest.mark.parametrize("name", ["debug_dense", "debug_vision", "mm1_3b", "mm15_30b", "mm1_ablation_base"])
-def test_dense_adamw_presets_can_be_trained(name):
+@pytest.mark.parametrize(
+    "name",
+    ["debug_dense", "debug_vision", "debug_moe", "mm1_3b", "mm1_3b_moe", "mm1_7b_moe", "mm15_30b", "mm15_1b_moe"]
+    + ["mm1_ablation_base", "mm1_encoder_aim_3b"],
+)
+def test_adamw_presets_can_be_trained(name):
     cfg = apply_overrides(resolve(name), ["data.sources=[{prefix: a}]", "data.tokenizer=tokenizer.json"])
     validate(cfg, world_size=1 if cfg.parallel.device == "cpu" else 64)
 
 
-@pytest.mark.parametrize("name", ["debug_moe", "mm1_7b_moe", "mm15_3b_sft"])
+@pytest.mark.parametrize("name", ["mm1_3b_moe_sft", "mm15_3b_sft"])
 def test_presets_that_are_not_trained_yet_say_so(name):
     cfg = resolve(name)
     with pytest.raises(ConfigError, match="can be printed and counted, not trained"):
@@ -156,6 +193,11 @@ def test_descriptions_count_the_parameters_of_our_dimensions():
         ("mm1_7b_sft", "tiling.max_split_images", "ours"),
         ("mm1_ablation_base", "vision.activation", "ours"),
         ("mm1_3b", "vision.activation", "derived"),
+        ("mm1_encoder_aim_1b", "vision.image_size", "published: MM1 section 3.2, Table 1"),
+        ("mm1_encoder_aim_1b", "vision.position_embedding", "derived: the public v1 models of apple/ml-aim"),
+        ("mm1_encoder_vit_l_224", "optimizer.lr", "published: MM1 appendix"),
+        ("mm1_connector_attention_pool_336_64", "connector.num_tokens", "published: MM1 section 3.2, Fig. 4"),
+        ("mm1_connector_attention_pool_336_64", "connector.num_attention_heads", "ours"),
     ],
 )
 def test_provenance_of_a_stage(name, path, source):

@@ -1,0 +1,147 @@
+"""Bytes of one rank: parameters, gradients, optimizer state and an estimate of activations."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mm15_megatron.accounting.flops import planned_tiles_per_row
+from mm15_megatron.accounting.parameters import (
+    attention_matrices,
+    built_vision_layers,
+    connector_parameters,
+    feed_forward_matrices,
+    language_parameters,
+    layer_norms,
+    padded_vocab_size,
+    router_matrix,
+    sparse_layers,
+    vision_parameters,
+)
+from mm15_megatron.accounting.pipeline import stage_layers
+from mm15_megatron.config.schema import RunConfig
+from mm15_megatron.config.validate import data_parallel_size, expert_tensor_size
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes on one rank.
+
+    Activations are an estimate: what the backward pass keeps, without workspaces or fragmentation.
+    """
+
+    parameters: float
+    gradients: float
+    optimizer: float
+    activations: float
+
+    @property
+    def total(self) -> float:
+        """All of them."""
+        return self.parameters + self.gradients + self.optimizer + self.activations
+
+
+@dataclass(frozen=True)
+class _Held:
+    """Parameters one rank holds, and the ranks that its optimizer state could be spread over."""
+
+    count: float
+    trained: bool
+    spread: int
+
+
+def memory_estimate(cfg: RunConfig, *, world_size: int, stage: int = 0) -> MemoryEstimate:
+    """Estimate the memory of one rank of pipeline stage ``stage``.
+
+    Raises:
+        ConfigError: the world or the layers cannot be split as configured.
+    """
+    held = _held_parameters(cfg, world_size=world_size, stage=stage)
+    bf16 = cfg.kernels.params_dtype == "bf16"
+    trained = sum(h.count for h in held if h.trained)
+    spread = cfg.parallel.use_distributed_optimizer or cfg.optimizer.name == "adafactor"
+    kept_floats = (2 if cfg.optimizer.name == "adamw" else int(cfg.optimizer.adafactor_beta1 is not None)) + bf16
+    return MemoryEstimate(
+        parameters=sum(h.count for h in held) * (2 if bf16 else 4),
+        gradients=trained * (2 if bf16 and not cfg.parallel.grad_reduce_in_fp32 else 4),
+        optimizer=sum(4.0 * kept_floats * h.count / (h.spread if spread else 1) for h in held if h.trained),
+        activations=_activation_bytes(cfg, stage=stage),
+    )
+
+
+def _held_parameters(cfg: RunConfig, *, world_size: int, stage: int) -> list[_Held]:
+    p, stages = cfg.parallel, cfg.parallel.pipeline_model_parallel_size
+    data_parallel, tp = data_parallel_size(cfg, world_size=world_size), p.tensor_model_parallel_size
+    everywhere = sparse_layers(cfg)
+    sparse = [everywhere[layer] for layer in stage_layers(cfg, stage)]
+    expert_tp = expert_tensor_size(cfg)
+    expert_spread = max(1, data_parallel * tp // (p.expert_model_parallel_size * expert_tp))
+    ffn, train_language = feed_forward_matrices(cfg), not cfg.freeze.language
+    dense = sum(
+        (attention_matrices(cfg) + (0 if s else ffn)) / tp + layer_norms(cfg) + s * router_matrix(cfg) for s in sparse
+    )
+    counts = language_parameters(cfg)
+    if stage == 0:
+        dense += counts.embedding / tp
+    if stage == stages - 1:
+        tied_copy = counts.embedding if stages > 1 and counts.output == 0 else 0
+        dense += (counts.output + tied_copy) / tp + counts.final_norm
+    experts = sum(sparse) * cfg.moe.num_moe_experts * ffn / (p.expert_model_parallel_size * expert_tp)
+    held = [_Held(dense, train_language, data_parallel), _Held(experts, train_language, expert_spread)]
+    if stage == 0:
+        share = tp if p.encoder_parallel == "tensor" else 1
+        held.append(_Held(vision_parameters(cfg.vision) / share, not cfg.freeze.vision, data_parallel))
+        held.append(_Held(connector_parameters(cfg), not cfg.freeze.connector, data_parallel))
+    return held
+
+
+def _micro_batches_in_flight(cfg: RunConfig, *, stage: int) -> float:
+    """Return how many micro-batches' activations of all its layers a stage keeps at most.
+
+    One-forward-one-backward keeps one for each stage from it to the end. Interleaving keeps more passes, each of one
+    model chunk (megatron-core's warm-up).
+    """
+    stages, chunks = cfg.parallel.pipeline_model_parallel_size, cfg.parallel.virtual_pipeline_model_parallel_size
+    if chunks is None:
+        return float(stages - stage)
+    return (2 * (stages - stage - 1) + (chunks - 1) * stages + 1) / chunks
+
+
+def _activation_bytes(cfg: RunConfig, *, stage: int) -> float:
+    width = 2 if cfg.kernels.params_dtype == "bf16" else 4
+    tokens, sparse = cfg.data.seq_length * cfg.train.micro_batch_size, sparse_layers(cfg)
+    per_token = sum(_layer_activations(cfg, sparse=sparse[layer]) for layer in stage_layers(cfg, stage))
+    in_flight = _micro_batches_in_flight(cfg, stage=stage)
+    total = float(width * tokens * per_token * in_flight)
+    if stage == cfg.parallel.pipeline_model_parallel_size - 1:
+        total += 2 * 4 * tokens * padded_vocab_size(cfg) / cfg.parallel.tensor_model_parallel_size
+    if stage == 0 and not cfg.freeze.vision:
+        tiles = planned_tiles_per_row(cfg) * cfg.train.micro_batch_size / cfg.parallel.tensor_model_parallel_size
+        total += width * tiles * _tile_activations(cfg) * in_flight
+    return total
+
+
+def _layer_activations(cfg: RunConfig, *, sparse: bool) -> float:
+    """Return the values a decoder layer keeps for each token (flash attention: no score matrix)."""
+    language, tp = cfg.language, cfg.parallel.tensor_model_parallel_size
+    h, shard = language.hidden_size, tp if cfg.parallel.sequence_parallel else 1
+    if cfg.kernels.recompute_granularity == "full":
+        return h / shard / cfg.kernels.recompute_num_layers
+    q = language.num_attention_heads * language.kv_channels
+    kv = language.num_query_groups * language.kv_channels
+    attention = 0 if cfg.kernels.recompute_granularity == "selective" else q
+    branches = 3 if language.activation == "swiglu" else 2
+    inner = branches * language.ffn_hidden_size * (cfg.moe.moe_router_topk if sparse else 1)
+    return 4 * h / shard + (q + 2 * kv + attention + inner) / tp
+
+
+def _tile_activations(cfg: RunConfig) -> float:
+    """Return the values the encoder and the connector keep for each tile."""
+    vision, connector = cfg.vision, cfg.connector
+    block = vision.hidden_size if cfg.kernels.recompute_vision else 8 * vision.hidden_size + 2 * vision.ffn_hidden_size
+    encoder = vision.grid_size**2 * built_vision_layers(vision) * block
+    patches, channels = vision.grid_size**2, connector.hidden_size
+    if connector.kind == "average_pool":
+        return encoder
+    if connector.kind == "attention_pool":  # normalised patches, keys and values, results of the queries
+        return encoder + 2 * patches * (vision.hidden_size + channels) + 2 * connector.num_tokens * channels
+    return encoder + 8 * channels * connector.depth * (patches + connector.num_tokens)
