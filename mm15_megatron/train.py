@@ -1,4 +1,6 @@
-"""Train: ``python -m mm15_megatron.train --preset debug_dense --config run.yaml``, alone or under torchrun or srun.
+"""Train: ``python -m mm15_megatron.train --preset debug_dense --config run.yaml``, alone or under a launcher.
+
+Launchers are torchrun, srun and mpiexec.
 
 Exit codes: 0 the run is complete; 2 something in the input is wrong, and one message says what; 75 a signal (SIGTERM,
 SIGUSR1) stopped the run, its last step is saved, and the same command goes on from there. Anything else is a bug.
@@ -11,10 +13,14 @@ import sys
 import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
+from typing import TYPE_CHECKING
 
 from mm15_megatron.config.parse import ParsedRun, parse_run
 from mm15_megatron.errors import BackendError, DataError, MM15Error
 from mm15_megatron.presets import REGISTRY
+
+if TYPE_CHECKING:
+    from mm15_megatron.parallel.rendezvous import Rendezvous
 
 EXIT_BAD_INPUT = 2
 
@@ -28,8 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         return _train(parsed)
     except MM15Error as error:
-        _report(error)
-        return EXIT_BAD_INPUT
+        return _report(error)
 
 
 def _train(parsed: ParsedRun) -> int:
@@ -38,22 +43,35 @@ def _train(parsed: ParsedRun) -> int:
     warnings.filterwarnings("ignore", module=r"megatron\.")
     # Its calls of collectives that torch is about to rename are not the user's to mend either.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+    from mm15_megatron.parallel.rendezvous import discover, leave_together
+
+    place = discover()
+    logging.basicConfig(level=logging.WARNING, format=f"[rank {place.rank}] %(levelname)s %(name)s: %(message)s")
+    with leave_together(place):
+        try:
+            return _train_at(place, parsed)
+        except MM15Error as error:
+            return _report(error)
+
+
+def _train_at(place: Rendezvous, parsed: ParsedRun) -> int:
     from mm15_megatron.config.validate import validate
-    from mm15_megatron.parallel.rendezvous import discover
     from mm15_megatron.training import loop
     from mm15_megatron.training.run import Run
     from mm15_megatron.training.signals import StopRequest
 
-    place = discover()
-    logging.basicConfig(level=logging.WARNING, format=f"[rank {place.rank}] %(levelname)s %(name)s: %(message)s")
     validate(parsed.config, world_size=place.world_size)
     with StopRequest() as request, ExitStack() as stack:
         run = Run.build(parsed.config, origins=parsed.origins, place=place, stack=stack)
         return loop.run(run, request=request)
 
 
-def _report(error: MM15Error) -> None:
-    """Show an error once: all ranks meet the same, but for data and devices, where a rank may be alone with it."""
+def _report(error: MM15Error) -> int:
+    """Show an error once: all ranks meet the same, but for data and devices, where a rank may be alone with it.
+
+    Returns:
+        The exit code.
+    """
     from mm15_megatron.utils.ranks import launched_rank
 
     rank = launched_rank()
@@ -61,6 +79,7 @@ def _report(error: MM15Error) -> None:
         sys.stderr.write(f"{type(error).__name__}: {error}\n")
     elif isinstance(error, (DataError, BackendError)):
         sys.stderr.write(f"[rank {rank}] {type(error).__name__}: {error.problem}\n")
+    return EXIT_BAD_INPUT
 
 
 if __name__ == "__main__":

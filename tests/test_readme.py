@@ -46,7 +46,7 @@ def test_training_commands_parse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     (tmp_path / "my.yaml").write_text(block_with("sources:"), encoding="utf-8")
     (block,) = (block for block in BLOCKS if "sbatch" in block)
     commands = [re.split(r"mm15_megatron\.train |train\.sbatch ", line)[1] for line in block.splitlines()]
-    assert len(commands) == 3
+    assert len(commands) == 4
     for command in commands:
         parsed = parse_run(shlex.split(command), presets=REGISTRY)
         if "my.yaml" in command:

@@ -40,8 +40,8 @@ def stage_fields(batch: MMBatch, *, topology: Topology) -> MMBatch:
 def _share(tiles_N3HW: torch.Tensor | None, topology: Topology, image_size: int) -> torch.Tensor:
     if tiles_N3HW is None:
         tiles_N3HW = torch.zeros(0, 3, image_size, image_size)
-    size = topology.tensor_size if topology.encoder_shares_tiles else 1
-    rank = topology.tensor_rank if topology.encoder_shares_tiles else 0
+    size = topology.tile_ranks if topology.encoder_shares_tiles else 1
+    rank = topology.tile_rank if topology.encoder_shares_tiles else 0
     share = tile_share(tiles_N3HW.shape[0], rank=rank, size=size)
     mine = tiles_N3HW[share.start : share.stop]
     dummies = mine.new_zeros(share.padded - mine.shape[0], *mine.shape[1:])

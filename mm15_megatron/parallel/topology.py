@@ -65,13 +65,27 @@ class Topology:
         return self.pipeline_rank == self.pipeline_size - 1
 
     @property
+    def tile_rank(self) -> int:
+        """Place among the ranks that share the tiles of a micro-batch: tensor-parallel ranks, then context-parallel."""
+        return self.groups.cp.rank() * self.tensor_size + self.tensor_rank
+
+    @property
+    def tile_ranks(self) -> int:
+        """How many ranks share the tiles of a micro-batch."""
+        return self.groups.cp.size() * self.tensor_size
+
+    def own_tokens(self, whole_T: torch.Tensor) -> torch.Tensor:
+        """Cut this context-parallel rank's tokens out of a tensor over the whole micro-batch."""
+        return whole_T.chunk(self.groups.cp.size())[self.groups.cp.rank()]
+
+    @property
     def view(self) -> RankView:
         """What the data pipeline has to know."""
         return RankView(
             data_rank=self.data_rank,
             data_size=self.data_size,
-            tensor_rank=self.tensor_rank,
-            tensor_size=self.tensor_size,
+            tensor_rank=self.tile_rank,
+            tensor_size=self.tile_ranks,
             reads_images=self.is_first_stage,
             shares_tiles=self.encoder_shares_tiles,
         )

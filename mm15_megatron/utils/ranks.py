@@ -12,10 +12,14 @@ from mm15_megatron.errors import MM15Error
 
 T = TypeVar("T")
 
+# What torchrun, Open MPI's mpiexec, Hydra's (inside an allocation srun's variables count its daemons) and srun set.
+_LAUNCHERS = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK", "SLURM_PROCID")
+
 
 def launched_rank() -> int:
     """Return the rank that the launcher gave this process, before or after the job is joined; 0 without a launcher."""
-    return int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)
+    said = (os.environ.get(name, "") for name in _LAUNCHERS)
+    return next((int(rank) for rank in said if rank.isdigit()), 0)
 
 
 def on_rank_zero(action: Callable[[], T]) -> T:

@@ -1,4 +1,4 @@
-"""The real command under the real launchers: alone, torchrun and Slurm agree, and a signal loses nothing."""
+"""The real command under the real launchers: alone, torchrun, mpiexec and Slurm agree, and a signal loses nothing."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ import pytest
 from mm15_megatron.data.captions import build_captions
 from mm15_megatron.data.tokenizer import train_character_tokenizer
 from tests.data.images import photo
+from tests.helpers import mpi
 from tests.helpers.slurm import cluster, why_not
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -114,6 +115,48 @@ def test_signal_to_every_process_of_a_run(number: signal.Signals, arguments: lis
     os.killpg(process.pid, number)
     assert process.wait(timeout=120) == 75, (tmp_path / "log").read_text()[-4000:]
     assert (tmp_path / "checkpoints" / "latest").exists()
+
+
+def mpiexec(arguments: list[str], run_dir: Path, *options: str) -> list[str]:
+    """The mpiexec command of a two-rank run."""
+    return [str(mpi.mpiexec()), "-n", "2", sys.executable, *TRAIN, *arguments, f"train.run_dir={run_dir}", *options]
+
+
+def started(command: list[str], run_dir: Path) -> subprocess.Popen[bytes]:
+    """Start a run and return once it has taken a step; what it prints is in ``run_dir``/log."""
+    run_dir.mkdir(exist_ok=True)
+    with (run_dir / "log").open("w") as log:
+        process = subprocess.Popen(command, env=environment(**mpi.ENVIRONMENT), cwd=ROOT, stdout=log, stderr=log)
+    metrics = run_dir / "metrics.jsonl"
+    wait_for(lambda: metrics.exists() and "\n" in metrics.read_text(), seconds=120, what="step 1", log=run_dir / "log")
+    return process
+
+
+@pytest.mark.skipif(mpi.why_not() is not None, reason=str(mpi.why_not()))
+def test_mpiexec_signal_and_resume(arguments: list[str], straight: list[float], tmp_path: Path) -> None:
+    """Two stages under mpiexec: SIGUSR1 ends every rank with 75, the same command resumes, the losses are the same."""
+    run_dir = tmp_path / "run"
+    command = mpiexec(arguments, run_dir, "parallel.pipeline_model_parallel_size=2", "data.num_workers=2")
+    process = started(command, run_dir)
+    process.send_signal(signal.SIGUSR1)
+    assert process.wait(timeout=120) == 75, (run_dir / "log").read_text()[-4000:]
+    assert (run_dir / "checkpoints" / "latest").exists()
+    assert len(losses(run_dir)) < STEPS
+    output = run(command, environment(**mpi.ENVIRONMENT))
+    assert "2 ranks (mpi)" in output
+    assert losses(run_dir) == pytest.approx(straight, abs=FP32_DRIFT)
+
+
+@pytest.mark.skipif(mpi.why_not() is not None, reason=str(mpi.why_not()))
+def test_mpiexec_ends_the_ranks_that_a_dead_one_leaves(arguments: list[str], tmp_path: Path) -> None:
+    """MPI stays alive to the end, so that mpiexec sees a rank that dies; nobody waits for it."""
+    process = started(mpiexec(arguments, tmp_path, "parallel.pipeline_model_parallel_size=2"), tmp_path)
+    below = psutil.Process(process.pid).children(recursive=True)
+    ranks = [child for child in below if child.cmdline()[1:3] == TRAIN]
+    assert len(ranks) == 2
+    ranks[1].kill()
+    assert process.wait(timeout=60) not in (0, 75)
+    assert psutil.wait_procs(ranks, timeout=60)[1] == []
 
 
 def _leaves_alone(pid: int, number: int) -> bool:

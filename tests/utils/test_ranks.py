@@ -33,11 +33,15 @@ def test_result_and_errors_reach_every_rank() -> None:
 
 
 def test_launched_rank(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The launcher's word, torchrun's before srun's."""
-    monkeypatch.delenv("RANK", raising=False)
-    monkeypatch.delenv("SLURM_PROCID", raising=False)
+    """The launcher's word, torchrun's before mpiexec's before srun's; nonsense is passed over."""
+    for name in ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK", "SLURM_PROCID"):
+        monkeypatch.delenv(name, raising=False)
     assert launched_rank() == 0
     monkeypatch.setenv("SLURM_PROCID", "3")
     assert launched_rank() == 3
+    monkeypatch.setenv("PMI_RANK", "7")
+    assert launched_rank() == 7
     monkeypatch.setenv("RANK", "1")
     assert launched_rank() == 1
+    monkeypatch.setenv("RANK", "one")
+    assert launched_rank() == 7
