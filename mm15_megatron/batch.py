@@ -126,8 +126,8 @@ class RankView:
     Attributes:
         data_rank: position inside the data-parallel group.
         data_size: ranks of the data-parallel group.
-        tensor_rank: position inside the tensor-parallel group.
-        tensor_size: ranks of the tensor-parallel group.
+        tensor_rank: position inside the tensor- and context-parallel group.
+        tensor_size: ranks of the tensor- and context-parallel group.
         reads_images: True on the ranks of pipeline stage 0; the others never touch image bytes.
         shares_tiles: True when the encoder is data-parallel inside the tensor-parallel group, so that each tensor rank
             decodes only its ``tile_share``; False: every tensor rank decodes every tile.

@@ -70,11 +70,12 @@ def memory_estimate(cfg: RunConfig, *, world_size: int, stage: int = 0) -> Memor
 
 def _held_parameters(cfg: RunConfig, *, world_size: int, stage: int) -> list[_Held]:
     p, stages = cfg.parallel, cfg.parallel.pipeline_model_parallel_size
-    data_parallel, tp = data_parallel_size(cfg, world_size=world_size), p.tensor_model_parallel_size
+    tp = p.tensor_model_parallel_size
+    spread = data_parallel_size(cfg, world_size=world_size) * p.context_parallel_size
     everywhere = sparse_layers(cfg)
     sparse = [everywhere[layer] for layer in stage_layers(cfg, stage)]
     expert_tp = expert_tensor_size(cfg)
-    expert_spread = max(1, data_parallel * tp // (p.expert_model_parallel_size * expert_tp))
+    expert_spread = max(1, spread * tp // (p.expert_model_parallel_size * expert_tp))
     ffn, train_language = feed_forward_matrices(cfg), not cfg.freeze.language
     dense = sum(
         (attention_matrices(cfg) + (0 if s else ffn)) / tp + layer_norms(cfg) + s * router_matrix(cfg) for s in sparse
@@ -86,11 +87,11 @@ def _held_parameters(cfg: RunConfig, *, world_size: int, stage: int) -> list[_He
         tied_copy = counts.embedding if stages > 1 and counts.output == 0 else 0
         dense += (counts.output + tied_copy) / tp + counts.final_norm
     experts = sum(sparse) * cfg.moe.num_moe_experts * ffn / (p.expert_model_parallel_size * expert_tp)
-    held = [_Held(dense, train_language, data_parallel), _Held(experts, train_language, expert_spread)]
+    held = [_Held(dense, train_language, spread), _Held(experts, train_language, expert_spread)]
     if stage == 0:
         share = tp if p.encoder_parallel == "tensor" else 1
-        held.append(_Held(vision_parameters(cfg.vision) / share, not cfg.freeze.vision, data_parallel))
-        held.append(_Held(connector_parameters(cfg), not cfg.freeze.connector, data_parallel))
+        held.append(_Held(vision_parameters(cfg.vision) / share, not cfg.freeze.vision, spread))
+        held.append(_Held(connector_parameters(cfg), not cfg.freeze.connector, spread))
     return held
 
 
@@ -108,14 +109,16 @@ def _micro_batches_in_flight(cfg: RunConfig, *, stage: int) -> float:
 
 def _activation_bytes(cfg: RunConfig, *, stage: int) -> float:
     width = 2 if cfg.kernels.params_dtype == "bf16" else 4
-    tokens, sparse = cfg.data.seq_length * cfg.train.micro_batch_size, sparse_layers(cfg)
+    p, sparse = cfg.parallel, sparse_layers(cfg)
+    tokens = cfg.data.seq_length * cfg.train.micro_batch_size / p.context_parallel_size
     per_token = sum(_layer_activations(cfg, sparse=sparse[layer]) for layer in stage_layers(cfg, stage))
     in_flight = _micro_batches_in_flight(cfg, stage=stage)
     total = float(width * tokens * per_token * in_flight)
-    if stage == cfg.parallel.pipeline_model_parallel_size - 1:
-        total += 2 * 4 * tokens * padded_vocab_size(cfg) / cfg.parallel.tensor_model_parallel_size
+    if stage == p.pipeline_model_parallel_size - 1:
+        total += 2 * 4 * tokens * padded_vocab_size(cfg) / p.tensor_model_parallel_size
     if stage == 0 and not cfg.freeze.vision:
-        tiles = planned_tiles_per_row(cfg) * cfg.train.micro_batch_size / cfg.parallel.tensor_model_parallel_size
+        sharing = p.tensor_model_parallel_size * p.context_parallel_size
+        tiles = planned_tiles_per_row(cfg) * cfg.train.micro_batch_size / sharing
         total += width * tiles * _tile_activations(cfg) * in_flight
     return total
 

@@ -22,6 +22,6 @@ def not_trained(path: str, value: Any, *, fix: str) -> ConfigError:
     """Return the error of what may be printed and counted, but not trained by this version."""
     return ConfigError(
         f"{path} = {value!r} can be printed and counted, not trained: this version trains with AdamW on batches of "
-        "rows, without context parallelism or tile indicators",
+        "rows, without tile indicators",
         fix=fix,
     )

@@ -68,8 +68,8 @@ def _tokens_of_a_rank(config: RunConfig, world_size: int) -> None:
     divides("data.seq_length x train.micro_batch_size", tokens, by="parallel.tensor_model_parallel_size", divisor=tp)
     if config.moe.moe_expert_capacity_factor is None:
         return
-    group = config.moe.moe_capacity_group_size
-    for what, count in (("data.seq_length", row), ("the tokens of one tensor-parallel rank", tokens // tp)):
+    group, shards = config.moe.moe_capacity_group_size, tp * config.parallel.context_parallel_size
+    for what, count in (("data.seq_length", row), ("the tokens of one tensor-parallel rank", tokens // shards)):
         divides(what, count, by="moe.moe_capacity_group_size", divisor=group)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mm15_megatron.config.rule import Rule, divides, not_trained
+from mm15_megatron.config.rule import Rule, divides
 from mm15_megatron.config.schema import RunConfig
 from mm15_megatron.errors import ConfigError
 
@@ -126,6 +126,22 @@ def _sequence_parallel(config: RunConfig, world_size: int) -> None:
     divides("data.seq_length x train.micro_batch_size", tokens, by="parallel.tensor_model_parallel_size", divisor=tp)
 
 
+def _context_parallel(config: RunConfig, world_size: int) -> None:
+    """Tokens are exchanged for heads, so every rank of the group needs some of each."""
+    p, language = config.parallel, config.language
+    size, tp = p.context_parallel_size, p.tensor_model_parallel_size
+    if size == 1:
+        return
+    by = f"parallel.tensor_model_parallel_size {tp} x parallel.context_parallel_size {size}"
+    for name, heads in (
+        ("num_attention_heads", language.num_attention_heads),
+        ("num_query_groups", language.num_query_groups),
+    ):
+        divides(f"language.{name}", heads, by=by, divisor=tp * size, fix="use fewer context-parallel ranks")
+    tokens = config.data.seq_length * config.train.micro_batch_size
+    divides("data.seq_length x train.micro_batch_size", tokens, by=by, divisor=tp * size)
+
+
 def _batch(config: RunConfig, world_size: int) -> None:
     train, data_parallel = config.train, data_parallel_size(config, world_size=world_size)
     rows = train.micro_batch_size * data_parallel
@@ -168,21 +184,15 @@ def _device_and_kernels(config: RunConfig, world_size: int) -> None:
         )
 
 
-def _no_context_parallel(config: RunConfig, world_size: int) -> None:
-    size = config.parallel.context_parallel_size
-    if size > 1:
-        raise not_trained("parallel.context_parallel_size", size, fix="set parallel.context_parallel_size=1")
-
-
 LAYOUT_RULES: tuple[Rule, ...] = (
     _world_size,
     _tensor_split_of_decoder,
     _tensor_split_of_encoder,
     _pipeline_split,
     _sequence_parallel,
+    _context_parallel,
     _batch,
     _interleaving,
     _optimizer_overlap,
     _device_and_kernels,
 )
-NOT_TRAINED_LAYOUTS: tuple[Rule, ...] = (_no_context_parallel,)

@@ -6,7 +6,6 @@ from mm15_megatron.config.rule import Rule
 from mm15_megatron.config.rules_experts import EXPERT_RULES, expert_tensor_size
 from mm15_megatron.config.rules_layout import (
     LAYOUT_RULES,
-    NOT_TRAINED_LAYOUTS,
     data_parallel_size,
     feasible_first_stages,
     virtual_stages,
@@ -28,7 +27,7 @@ __all__ = [
     "virtual_stages",
 ]
 
-NOT_TRAINED_YET: tuple[Rule, ...] = (*NOT_TRAINED_LAYOUTS, *NOT_TRAINED_INPUT, *NOT_TRAINED_RECIPES)
+NOT_TRAINED_YET: tuple[Rule, ...] = (*NOT_TRAINED_INPUT, *NOT_TRAINED_RECIPES)
 """What presets may describe but this version does not train; a rule goes when its part of the trainer exists."""
 
 RULES: tuple[Rule, ...] = (

@@ -34,6 +34,17 @@ class Restored:
     model: MM15Model
 
 
+def whole_rows(parallel: ParallelConfig) -> ParallelConfig:
+    """Return the same tensor and expert split with all layers and all tokens of a row on every rank."""
+    return replace(
+        parallel,
+        pipeline_model_parallel_size=1,
+        virtual_pipeline_model_parallel_size=None,
+        context_parallel_size=1,
+        num_layers_in_first_pipeline_stage=None,
+    )
+
+
 def restore_model(
     run_dir: str, *, place: Rendezvous, stack: ExitStack, parallel: ParallelConfig | None = None
 ) -> Restored:
@@ -43,7 +54,8 @@ def restore_model(
         run_dir: directory of the run.
         place: what the launcher said.
         stack: leaves the process groups when it closes.
-        parallel: the layout of this job; None = as the run was trained.
+        parallel: the layout of this job; None = as the run was trained, without its pipeline and its context parallelism
+            (answers are generated from whole rows on one stage).
 
     Raises:
         CheckpointError: there is no checkpoint, or it is damaged.
@@ -52,7 +64,7 @@ def restore_model(
     checkpoint = open_latest(run_dir)
     if checkpoint is None:
         raise CheckpointError(f"{run_dir} holds no checkpoint", fix="train first, or name the directory of another run")
-    cfg = checkpoint.config if parallel is None else replace(checkpoint.config, parallel=parallel)
+    cfg = replace(checkpoint.config, parallel=parallel or whole_rows(checkpoint.config.parallel))
     torch.set_num_threads(max(1, cfg.train.threads_per_rank))
     stack.callback(close_topology)
     topology = build_topology(cfg.parallel, place=place)

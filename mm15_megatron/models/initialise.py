@@ -58,6 +58,8 @@ def draw_whole(item: GlobalParameter, cfg: RunConfig) -> torch.Tensor:
 
 @torch.no_grad()
 def initialise(chunks: Iterable[nn.Module], cfg: RunConfig) -> None:
-    """Fill every parameter of this rank's model chunks in place."""
+    """Fill every parameter of this rank's model chunks in place; parameters on the meta device have no values."""
     for item in global_parameters(chunks):
+        if item.parameter.is_meta:
+            continue
         item.parameter.copy_(item.slice_of(draw_whole(item, cfg)))

@@ -19,28 +19,35 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 
 from mm15_megatron.models.attention import PackedSelfAttention
 from mm15_megatron.models.backend import Backend
+from mm15_megatron.models.context_parallel import HeadExchange
 from mm15_megatron.models.router import RoutingRules, RowRouter
 from mm15_megatron.models.router_ledger import RouterLedger
 from mm15_megatron.models.sparse_layer import SparseFeedForward
 
 
-def dense_layer_spec(backend: Backend, *, mask: AttnMaskType, qk_layernorm: bool = False) -> ModuleSpec:
+def dense_layer_spec(
+    backend: Backend, *, mask: AttnMaskType, qk_layernorm: bool = False, exchanges_heads: bool = False
+) -> ModuleSpec:
     """One pre-norm layer: norm, self-attention, residual, norm, MLP, residual.
 
     Args:
         backend: the classes to build it from; a backend with a fused norm + linear gets identity norms before them.
         mask: causal for the decoder, no_mask for the encoder.
         qk_layernorm: a norm on the queries and on the keys, per head.
+        exchanges_heads: the tokens of a row are spread over a context-parallel group.
     """
     fused = backend.norm_column_linear is not None
     into_linear = backend.norm_column_linear or backend.column_linear
     head_norm = backend.norm if qk_layernorm else None
+    core = backend.core_attention
+    if exchanges_heads:
+        core = ModuleSpec(module=HeadExchange, params={"inner": backend.core_attention})
     attention = ModuleSpec(
         module=PackedSelfAttention,
         params={"attn_mask_type": mask},
         submodules=SelfAttentionSubmodules(
             linear_qkv=into_linear,
-            core_attention=backend.core_attention,
+            core_attention=core,
             linear_proj=backend.row_linear,
             q_layernorm=head_norm,
             k_layernorm=head_norm,

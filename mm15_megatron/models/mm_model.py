@@ -83,7 +83,7 @@ class MM15Model(MegatronModule):
         self.stage = stage
         self.pre_process, self.post_process = stage.is_first_stage, stage.is_last_stage
         self.share_embeddings_and_output_weights = language.share_embeddings_and_output_weights
-        self.tensor_group = stage.groups.tp
+        self.tensor_group, self.context_group = stage.groups.tp, stage.groups.cp
         self.vp_stage = stage.virtual_rank  # megatron-core's schedules look for it
         layers = chunk_layers(cfg)[stage.position]
         self.first_layer = layers.start
@@ -131,8 +131,8 @@ class MM15Model(MegatronModule):
     def image_tokens(self, batch: MMBatch) -> torch.Tensor:
         """Encode this rank's tiles and return the tokens of all tiles of the micro-batch, [N, P, H].
 
-        With a shared encoder every tensor-parallel rank encodes the same number of tiles and the tokens are gathered;
-        the gradient of the gather is a split, and ``parallel/reduce.py`` sums the encoder's gradients afterwards.
+        With a shared encoder every tensor- and context-parallel rank encodes the same number of tiles and the tokens
+        are gathered; ``parallel/reduce.py`` sums the encoder's gradients over the tensor-parallel group afterwards.
         """
         if batch.tiles_N3HW is None or batch.slots_NP is None:
             raise DataError(
@@ -141,15 +141,18 @@ class MM15Model(MegatronModule):
         with torch.no_grad() if self.encoder_is_frozen else nullcontext():
             features = self.vision_encoder(batch.tiles_N3HW)
         tokens_NPH = self.connector(features)
-        if self.stage.encoder_shares_tiles and self.tensor_group.size() > 1:
+        if self.stage.encoder_shares_tiles:
+            # Tensor-parallel ranks use all tokens alike, so each takes its slice of the gradient; context-parallel
+            # ranks use different ones, so theirs are summed.
             tokens_NPH = gather_from_sequence_parallel_region(
                 tokens_NPH.contiguous(), tensor_parallel_output_grad=False, group=self.tensor_group
             )
+            tokens_NPH = gather_from_sequence_parallel_region(tokens_NPH, group=self.context_group)
         return tokens_NPH[: batch.slots_NP.shape[0]]
 
     def forward(self, batch: MMBatch) -> torch.Tensor:
         """Run this stage on one micro-batch."""
-        rotary = rotary_table(batch.position_ids_T, head_dim=self.head_dim, base=self.rotary_base)
+        rotary = rotary_table(self._own_tokens(batch.position_ids_T), head_dim=self.head_dim, base=self.rotary_base)
         rows = packed_rows(batch.segment_bounds_G, max_segment=batch.max_segment, rotary=rotary)
         merged = self._embed(batch) if self.pre_process else None
         return self.language_model(
@@ -161,9 +164,13 @@ class MM15Model(MegatronModule):
             padding_mask=self._padding(batch) if self.router_ledger.layers else None,
         )
 
+    def _own_tokens(self, whole_T: torch.Tensor) -> torch.Tensor:
+        """The tokens of this context-parallel rank: consecutive ones, of the whole micro-batch end to end."""
+        return whole_T.chunk(self.context_group.size())[self.context_group.rank()]
+
     def _padding(self, batch: MMBatch) -> torch.Tensor:
         """Padding of the tokens whose hidden states this rank holds, bool [1, T]."""
-        mask_T = batch.padding_mask_T
+        mask_T = self._own_tokens(batch.padding_mask_T)
         if self.config.sequence_parallel:
             mask_T = mask_T.chunk(self.tensor_group.size())[self.tensor_group.rank()]
         return mask_T[None]
@@ -174,7 +181,7 @@ class MM15Model(MegatronModule):
         # Images first: parameters are gathered ahead in the order in which modules were registered.
         tokens_NPH = self.image_tokens(batch)
         text_T1H = self.language_model.embedding(input_ids=batch.tokens_T[None], position_ids=None)
-        merged_T1H = merge_image_tokens(text_T1H, tokens_NPH, batch.slots_NP)
+        merged_T1H = self._own_tokens(merge_image_tokens(text_T1H, tokens_NPH, batch.slots_NP))
         if self.config.sequence_parallel:
             merged_T1H = scatter_to_sequence_parallel_region(merged_T1H, group=self.tensor_group)
         return merged_T1H
@@ -211,7 +218,12 @@ def decoder_block(
 ) -> TransformerBlockSubmodules:
     """The decoder layers of one chunk (global indices), dense and sparse."""
     sparse = sparse_layers(cfg)
-    dense = dense_layer_spec(backend, mask=AttnMaskType.causal, qk_layernorm=cfg.language.qk_layernorm)
+    dense = dense_layer_spec(
+        backend,
+        mask=AttnMaskType.causal,
+        qk_layernorm=cfg.language.qk_layernorm,
+        exchanges_heads=stage.groups.cp.size() > 1,
+    )
     specs = []
     for layer in layers:
         if sparse[layer]:

@@ -79,6 +79,8 @@ def _layout_facts(cfg: RunConfig, topology: Topology) -> list[tuple[str, str]]:
         if on
     ]
     sizes = f"tensor {topology.tensor_size} x pipeline {topology.pipeline_size} x data {topology.data_size}"
+    if topology.groups.cp.size() > 1:
+        sizes += f" x context {topology.groups.cp.size()}"
     if cfg.moe.num_moe_experts:
         groups = topology.groups
         sizes += f", experts {groups.ep.size()} x tensor {groups.expt_tp.size()} x data {groups.expt_dp.size()}"

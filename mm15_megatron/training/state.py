@@ -91,7 +91,7 @@ def global_counts(rows: Iterable[RowRecord], *, topology: Topology) -> Counts:
     reported by exactly one of them (``RowRecord.substituted``).
     """
     rows = tuple(rows)
-    counts_tokens = topology.is_first_stage and topology.tensor_rank == 0
+    counts_tokens = topology.is_first_stage and topology.tile_rank == 0
     sums = torch.tensor(
         [
             sum(row.text_tokens for row in rows) if counts_tokens else 0,

@@ -208,8 +208,8 @@ def _loss(
     shard = vocabulary_shard(
         vocab_size=language.vocab_size, padded_size=padded_vocab_size(cfg), group=topology.groups.tp
     )
-    losses = token_losses(logits_1TV[0], batch.labels_T, shard)
-    weight_T = batch.loss_mask_T
+    labels_T, weight_T = (topology.own_tokens(whole_T) for whole_T in (batch.labels_T, batch.loss_mask_T))
+    losses = token_losses(logits_1TV[0], labels_T, shard)
     cross_entropy = (losses.cross_entropy_T * weight_T).sum()
     squared_lse = (losses.squared_lse_T * weight_T).sum()
     sums.add(torch.stack((cross_entropy.detach(), squared_lse.detach(), weight_T.sum())).double())

@@ -26,6 +26,7 @@ PP2 = "parallel.pipeline_model_parallel_size=2"
 PP3 = "parallel.pipeline_model_parallel_size=3"
 VPP2 = "parallel.virtual_pipeline_model_parallel_size=2"
 MOE = "moe.num_moe_experts=4"
+CP2 = "parallel.context_parallel_size=2"
 EP2 = "parallel.expert_model_parallel_size=2"
 
 CASES = [
@@ -155,7 +156,13 @@ CASES = [
     ("_sources", 1, ["data.sources=[{weight: 1}]"], r"data.sources\[0\] has prefix ''"),
     ("_sources", 1, ["data.validation_sources=[{prefix: a, weight: 0}]"], "weight 0.0"),
     ("_sources", 1, ["train.validation_interval=5"], "there is no data.validation_sources"),
-    ("_no_context_parallel", 2, ["parallel.context_parallel_size=2"], "set parallel.context_parallel_size=1"),
+    (
+        "_context_parallel",
+        4,
+        [TP2, CP2],
+        "language.num_query_groups = 2 is not divisible by parallel.tensor_model_parallel_size 2 x parallel.context",
+    ),
+    ("_context_parallel", 2, [CP2, "data.seq_length=127", "train.micro_batch_size=1"], "= 127 is not divisible"),
     ("_no_adafactor", 1, ["optimizer.name=adafactor"], "set optimizer.name=adamw"),
     ("_no_tile_indicator", 1, ["tiling.indicator=index"], "tiling.indicator = 'index' can be printed"),
     ("_no_tile_indicator", 1, ["tiling.indicator=seps"], "set tiling.indicator=none"),
@@ -201,6 +208,7 @@ def test_every_rule_has_a_case():
         (3, [PP3, "parallel.num_layers_in_first_pipeline_stage=2"]),
         (3, [PP3, "parallel.num_layers_in_first_pipeline_stage=1"]),
         (2, [PP2, VPP2]),
+        (2, [CP2]),
         (2, [MOE, EP2]),
         (2, [MOE, TP2]),
         (8, [MOE, TP2, PP2, EP2, "parallel.sequence_parallel=true"]),
