@@ -1,7 +1,9 @@
-# PYTHON makes the virtual environment; VENV is where it lives; TORCH is the build of torch to install into it.
+# PYTHON makes the virtual environment; VENV is where it lives; TORCH is the build of torch to install into it;
+# MODEL is the quickstart's: dense or moe.
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
+MODEL ?= dense
 PIP = $(VENV)/bin/python -m pip --disable-pip-version-check
 STAMP = $(VENV)/.installed
 
@@ -20,7 +22,7 @@ $(STAMP): requirements.txt setup.py
 	touch $@
 
 quickstart: venv
-	PYTHON="$(abspath $(VENV))/bin/python" bash examples/quickstart/run.sh
+	MODEL="$(MODEL)" PYTHON="$(abspath $(VENV))/bin/python" bash examples/quickstart/run.sh
 
 test: venv
 	$(VENV)/bin/python -m pytest -m "not soak"

@@ -4,7 +4,12 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
 PYTHON=${PYTHON:-.venv/bin/python}
-RUN_DIR=${RUN_DIR:-runs/quickstart}
+case ${MODEL:-dense} in
+    dense) CONFIG=config.yaml RANKS=2 DEFAULT_DIR=runs/quickstart ;;
+    moe) CONFIG=config_moe.yaml RANKS=4 DEFAULT_DIR=runs/quickstart_moe ;;
+    *) echo "MODEL=$MODEL is not a model of the quickstart: use dense or moe" >&2; exit 2 ;;
+esac
+RUN_DIR=${RUN_DIR:-$DEFAULT_DIR}
 KILL_AT=${KILL_AT:-300}
 export OMP_NUM_THREADS=1
 
@@ -15,23 +20,23 @@ fi
 rm -rf "$RUN_DIR"
 mkdir -p "$RUN_DIR"
 touch "$RUN_DIR/.quickstart"
-sed "s#runs/quickstart#$RUN_DIR#" examples/quickstart/config.yaml > "$RUN_DIR/config.yaml"
+sed "s#$DEFAULT_DIR#$RUN_DIR#" "examples/quickstart/$CONFIG" > "$RUN_DIR/config.yaml"
 
 phase() { "$PYTHON" -m examples.quickstart.run_phase --record "$RUN_DIR/phases.jsonl" "$@"; }
-ranks() {
+ranks() {  # of a job of that many processes
     port=$("$PYTHON" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
-    ranks=("$PYTHON" -m torch.distributed.run --nproc-per-node 2 --master-addr 127.0.0.1 --master-port "$port")
+    ranks=("$PYTHON" -m torch.distributed.run --nproc-per-node "$1" --master-addr 127.0.0.1 --master-port "$port")
 }
 train=(-m mm15_megatron.train --config "$RUN_DIR/config.yaml")
 evaluate=(-m examples.quickstart.evaluate_digits --run-dir "$RUN_DIR" --data "$RUN_DIR/data")
 
 phase --name dataset -- "$PYTHON" -m examples.quickstart.build_dataset --out "$RUN_DIR/data"
 
-ranks
+ranks "$RANKS"
 phase --name train --terminate-at "$KILL_AT" "$RUN_DIR/metrics.jsonl" -- "${ranks[@]}" "${train[@]}" checkpoint.resume=never
-ranks
+ranks "$RANKS"
 phase --name "train, resumed" -- "${ranks[@]}" "${train[@]}" checkpoint.resume=required
-ranks
+ranks 2
 phase --name evaluate -- "${ranks[@]}" "${evaluate[@]}"
 
 "$PYTHON" -m examples.quickstart.summarise --run-dir "$RUN_DIR"
