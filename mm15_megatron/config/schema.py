@@ -240,7 +240,9 @@ class ParallelConfig:
     virtual_pipeline_model_parallel_size: int | None = option(
         None, "model chunks a stage holds; None = no interleaving"
     )
-    context_parallel_size: int = option(1, "ranks the tokens of a row are split over; attention exchanges them for heads (Ulysses)")
+    context_parallel_size: int = option(
+        1, "ranks the tokens of a row are split over; attention exchanges them for heads (Ulysses)"
+    )
     expert_model_parallel_size: int = option(1, "ranks the experts are spread over")
     expert_tensor_parallel_size: int | None = option(
         None, "ranks an expert is split over; None = tensor_model_parallel_size"

@@ -22,6 +22,15 @@ from torch.distributed import ProcessGroup
 _LAYER = re.compile(r"^(?P<block>.*\.(?:decoder|blocks)\.layers\.)(?P<index>\d+)\.")
 _EXPERT = re.compile(r"\.mlp\.experts\.local_experts\.(\d+)\.(.*)$")
 _GROUPED_EXPERT = re.compile(r"\.mlp\.experts\.(linear_fc[12])\.weight(\d+)$")
+_SPLIT = {
+    "word_embeddings": 0,
+    "output_layer": 0,
+    "linear_qkv": 0,
+    "linear_proj": 1,
+    "linear_fc1": 0,
+    "linear_fc2": 1,
+}
+_GATED = ".linear_fc1.weight"
 # Transformer Engine keeps a layer norm inside the linear layer that follows it; the global name is the plain one.
 _FUSED_NORMS = (
     (".self_attention.linear_qkv.layer_norm_", ".input_layernorm."),
@@ -111,6 +120,23 @@ def global_name(local_name: str, *, first_layer: int, first_expert: int) -> str:
     return _EXPERT.sub(lambda found: f".mlp.experts.{int(found[1]) + first_expert}.{found[2]}", local_name)
 
 
+def split_dimension(name: str, *, encoder_is_whole: bool) -> int | None:
+    """Dimension along which tensor parallelism splits a parameter; None = every rank holds it whole.
+
+    A table, because the marks that layers leave on their parameters differ between megatron-core's, Transformer
+    Engine's and the experts'.
+
+    Args:
+        name: global name.
+        encoder_is_whole: the encoder is data-parallel inside the tensor-parallel group.
+    """
+    if name.startswith("connector.") or (name.startswith("vision_encoder.") and encoder_is_whole):
+        return None
+    module, leaf = name.split(".")[-2:]
+    dim = _SPLIT.get(module)
+    return None if leaf == "bias" and dim == 1 else dim
+
+
 def global_parameters(chunks: Iterable[nn.Module]) -> Iterator[GlobalParameter]:
     """Describe every parameter of this rank's model chunks (MM15Model, unwrapped), in a fixed order."""
     for chunk in chunks:
@@ -119,13 +145,12 @@ def global_parameters(chunks: Iterable[nn.Module]) -> Iterator[GlobalParameter]:
             name = global_name(local_name, first_layer=chunk.first_layer, first_expert=chunk.first_expert)
             groups, expert = chunk.stage.groups, ".mlp.experts." in name
             tied_copy = tied_on_last and name == "language_model.output_layer.weight"
-            split = bool(getattr(parameter, "tensor_model_parallel", False))
-            gated = split and parameter.partition_stride == 2
-            dim = (parameter.partition_dim + (1 if gated else 0)) if split else None
+            dim = split_dimension(name, encoder_is_whole=chunk.stage.encoder_shares_tiles)
+            gated = name.startswith("language_model.") and name.endswith(_GATED) and chunk.config.gated_linear_unit
             yield GlobalParameter(
                 name="language_model.embedding.word_embeddings.weight" if tied_copy else name,
                 parameter=parameter,
-                split_dim=dim,
+                split_dim=dim + 1 if gated and dim is not None else dim,
                 gated=gated,
                 tensor_group=groups.expt_tp if expert else groups.tp,
                 data_group=groups.expt_dp if expert else groups.dp_cp,

@@ -60,6 +60,8 @@ class SparseFeedForward(MoELayer):
             # Experts have their own data-parallel group. megatron-core says so for EP > 1 alone, which is wrong
             # whenever the tensor-parallel sizes of experts and of the rest differ.
             parameter.allreduce = False
+            # Inside the group that adds up the gradient norm no two ranks hold the same expert's same slice.
+            parameter.tensor_model_parallel = True
 
     def forward(
         self,
