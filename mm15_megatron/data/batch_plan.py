@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
+
+from mm15_megatron.data.dealing import deal_evenly, deal_in_order
 from mm15_megatron.errors import ConfigError
 
 
@@ -11,14 +15,15 @@ from mm15_megatron.errors import ConfigError
 class BatchPlan:
     """The dealing of rows to ranks.
 
-    A step takes the next ``rows_of_step(consumed)`` rows. Its k-th micro-batches, over all data-parallel ranks, are
-    consecutive rows, so the set of rows of a step does not depend on the number of ranks.
+    A step takes the next ``rows_of_step(consumed)`` rows, whatever the number of ranks; :mod:`.dealing` says which of
+    them each rank takes.
 
     Attributes:
         global_batch_size: rows of a step.
         micro_batch_size: rows of one forward pass on one rank.
         data_size: data-parallel ranks.
         rampup: (start, increment, rows): the batch grows from ``start`` by ``increment`` in equal shares of ``rows``.
+        row_dealing: balanced | round_robin.
 
     Raises:
         ConfigError: if a batch size that occurs cannot be split over ranks and micro-batches.
@@ -28,6 +33,7 @@ class BatchPlan:
     micro_batch_size: int
     data_size: int
     rampup: tuple[int, int, int] | None = None
+    row_dealing: str = "balanced"
 
     def __post_init__(self) -> None:
         """Check that every batch size of the run can be split."""
@@ -62,11 +68,17 @@ class BatchPlan:
         """Return the micro-batches each rank runs in the step that starts after ``consumed`` rows."""
         return self.rows_of_step(consumed) // (self.micro_batch_size * self.data_size)
 
-    def micro_batches(self, consumed: int, data_rank: int) -> tuple[tuple[int, ...], ...]:
-        """Return the row indices of each micro-batch of one rank, for the step that starts after ``consumed`` rows."""
-        size, stride = self.micro_batch_size, self.micro_batch_size * self.data_size
-        first = consumed + data_rank * size
-        return tuple(
-            tuple(range(at, at + size))
-            for at in range(first, first + self.micro_batches_per_step(consumed) * stride, stride)
-        )
+    def micro_batches(
+        self, consumed: int, data_rank: int, *, tiles_R: npt.NDArray[np.int64]
+    ) -> tuple[tuple[int, ...], ...]:
+        """Return the row indices of each micro-batch of one rank, for the step that starts after ``consumed`` rows.
+
+        Args:
+            consumed: rows consumed so far.
+            data_rank: the rank.
+            tiles_R: int64 [R], tiles of each row of the step.
+        """
+        shape = {"data_size": self.data_size, "micro_batch_size": self.micro_batch_size}
+        balanced = self.row_dealing == "balanced"
+        dealt_DKM = deal_evenly(tiles_R, **shape) if balanced else deal_in_order(len(tiles_R), **shape)
+        return tuple(tuple(rows) for rows in (consumed + dealt_DKM[data_rank]).tolist())

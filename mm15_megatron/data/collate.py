@@ -8,7 +8,7 @@ from typing import Final
 
 import torch
 
-from mm15_megatron.batch import MMBatch, RankView, TileShare, tile_share
+from mm15_megatron.batch import MMBatch, RankView, StepCounts, TileShare, tile_share
 from mm15_megatron.config.schema import RunConfig, VisionConfig
 from mm15_megatron.data.image.decoder import Bytes, Decoded, ImageDecoder, build_decoder
 from mm15_megatron.data.image.views import TileMaker
@@ -149,6 +149,20 @@ def _with_images(
     return replace(batch, tiles_N3HW=tiles_N3TT, slots_NP=layout.slots_NP, rows=records)
 
 
+@dataclass(frozen=True)
+class MicroBatchTask:
+    """What a worker makes a micro-batch from.
+
+    Attributes:
+        rows: content of its rows.
+        step_rows: on the first micro-batch of a step, the content of all rows the rank takes in the step, these
+            included; empty on the others.
+    """
+
+    rows: tuple[RowTask, ...]
+    step_rows: tuple[RowTask, ...] = ()
+
+
 class Assembler:
     """From the content of rows to a micro-batch; picklable, so that a worker process can hold one.
 
@@ -167,13 +181,23 @@ class Assembler:
         self._view = view
         self._tiles = TileLoader(settings)
 
-    def __call__(self, tasks: Sequence[RowTask]) -> MMBatch:
-        """Return the micro-batch of these rows."""
-        rows = [
-            (task.row, [read_sample(self._readers[s], document, source_index=s) for s, document in task.samples])
-            for task in tasks
-        ]
-        return collate(rows, self._rules, view=self._view, tiles=self._tiles, fetch=self._fetch)
+    def __call__(self, task: MicroBatchTask) -> MMBatch:
+        """Return the micro-batch; the first one of a step carries the counts of the rank's step."""
+        rows = [(row.row, self._read(row)) for row in task.rows]
+        batch = collate(rows, self._rules, view=self._view, tiles=self._tiles, fetch=self._fetch)
+        return replace(batch, step_counts=self._count(task.step_rows)) if task.step_rows else batch
+
+    def _read(self, task: RowTask) -> list[Sample]:
+        return [read_sample(self._readers[s], document, source_index=s) for s, document in task.samples]
+
+    def _count(self, tasks: Sequence[RowTask]) -> StepCounts:
+        """Lay out the rank's rows of a step, one by one and without their images, and count."""
+        targets, tokens = 0.0, 0
+        for task in tasks:
+            layout = lay_out([(task.row, self._read(task))], self._rules)
+            targets += float(layout.loss_mask_T.sum(dtype=torch.float64))
+            tokens += int((~layout.padding_mask_T).sum())
+        return StepCounts(targets=targets, tokens=tokens)
 
     def _fetch(self, ref: ImageRef) -> Bytes:
         return self._readers[ref.source].image_bytes(ref.item)

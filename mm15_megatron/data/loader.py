@@ -8,6 +8,7 @@ import signal
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from multiprocessing import resource_tracker
 from types import TracebackType
 from typing import Any, Final
@@ -18,19 +19,17 @@ from torch.utils.data import DataLoader, Dataset
 from mm15_megatron.batch import MMBatch, RankView
 from mm15_megatron.config.schema import RunConfig, SourceConfig
 from mm15_megatron.data.batch_plan import BatchPlan
-from mm15_megatron.data.collate import Assembler, ImageSettings
+from mm15_megatron.data.collate import Assembler, ImageSettings, MicroBatchTask
 from mm15_megatron.data.indexed.reader import IndexedSource
 from mm15_megatron.data.packing import PackingRules
 from mm15_megatron.data.permutation import derive_key
-from mm15_megatron.data.row_order import PackingReport, RowOrder, RowTask
+from mm15_megatron.data.row_order import PackingReport, RowOrder
 from mm15_megatron.data.tokenizer import Tokenizer
 from mm15_megatron.errors import ConfigError, DataError
 
 _LOGGER = logging.getLogger(__name__)
 _START_METHOD: Final = "forkserver"
 USABLE_KINDS: Final = ("captions", "conversations")  # text and interleaved need long documents to be split first
-
-Tasks = tuple[RowTask, ...]
 
 
 class _MicroBatches(Dataset[MMBatch]):
@@ -39,8 +38,8 @@ class _MicroBatches(Dataset[MMBatch]):
     def __init__(self, assembler: Assembler) -> None:
         self._assembler = assembler
 
-    def __getitem__(self, tasks: Tasks) -> MMBatch:
-        return self._assembler(tasks)
+    def __getitem__(self, task: MicroBatchTask) -> MMBatch:
+        return self._assembler(task)
 
 
 class _TaskStream:
@@ -52,12 +51,15 @@ class _TaskStream:
         self._data_rank = data_rank
         self._consumed_rows = consumed_rows
 
-    def __iter__(self) -> Iterator[Tasks]:
+    def __iter__(self) -> Iterator[MicroBatchTask]:
         consumed = self._consumed_rows
         while True:
-            for rows in self._plan.micro_batches(consumed, self._data_rank):
-                yield tuple(self._order.row(row) for row in rows)
-            consumed += self._plan.rows_of_step(consumed)
+            stop = consumed + self._plan.rows_of_step(consumed)
+            dealt = self._plan.micro_batches(consumed, self._data_rank, tiles_R=self._order.tiles(consumed, stop))
+            tasks = [tuple(self._order.row(row) for row in rows) for rows in dealt]
+            yield MicroBatchTask(tasks[0], step_rows=tuple(chain.from_iterable(tasks)))
+            yield from map(MicroBatchTask, tasks[1:])
+            consumed = stop
 
 
 def _same(batch: Any) -> Any:
@@ -259,6 +261,7 @@ def build_loader(cfg: RunConfig, *, view: RankView, consumed_rows: int = 0, vali
         micro_batch_size=cfg.train.micro_batch_size,
         data_size=view.data_size,
         rampup=None if validation else cfg.train.rampup_batch_size,
+        row_dealing=cfg.data.row_dealing,
     )
     return Loader(
         Assembler(readers, rules, view=view, settings=ImageSettings.from_config(cfg)),

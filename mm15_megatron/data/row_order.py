@@ -149,11 +149,12 @@ class MixedStream:
 
 @dataclass(frozen=True)
 class _Table:
-    """One packed chunk: row i holds samples ``starts[i]`` to ``starts[i + 1]``."""
+    """One packed chunk: row i holds samples ``starts[i]`` to ``starts[i + 1]`` and ``tiles[i]`` tiles."""
 
     sources: Int64
     documents: Int64
     starts: Int64
+    tiles: Int64
 
 
 class PackedStream:
@@ -171,15 +172,28 @@ class PackedStream:
 
     def row(self, number: int) -> tuple[tuple[int, int], ...]:
         """Return the (source index, document) pairs of row ``number``."""
+        table, within = self._find(number)
+        picked = slice(int(table.starts[within]), int(table.starts[within + 1]))
+        return tuple(zip(table.sources[picked].tolist(), table.documents[picked].tolist(), strict=True))
+
+    def tiles(self, first: int, stop: int) -> Int64:
+        """Return the tiles of each of the rows [first, stop), int64; neither tokens nor images are read."""
+        parts = [np.zeros(0, np.int64)]
+        while first < stop:
+            table, within = self._find(first)
+            parts.append(table.tiles[within : within + stop - first])
+            first += len(parts[-1])
+        return np.concatenate(parts)
+
+    def _find(self, number: int) -> tuple[_Table, int]:
+        """Return the table that holds row ``number``, and the row's place in it."""
         while not self._ends or self._ends[-1] <= number:
             chunk = len(self._ends)
             table = self._remember(chunk, self._pack(chunk, count=True))
             self._ends.append((self._ends[-1] if self._ends else 0) + len(table.starts) - 1)
         chunk = int(np.searchsorted(self._ends, number, side="right"))
         table = self._tables.get(chunk) or self._remember(chunk, self._pack(chunk, count=False))
-        within = number - (self._ends[chunk - 1] if chunk else 0)
-        picked = slice(int(table.starts[within]), int(table.starts[within + 1]))
-        return tuple(zip(table.sources[picked].tolist(), table.documents[picked].tolist(), strict=True))
+        return table, number - (self._ends[chunk - 1] if chunk else 0)
 
     def _remember(self, chunk: int, table: _Table) -> _Table:
         self._tables[chunk] = table
@@ -206,8 +220,10 @@ class PackedStream:
                 report.truncated_tokens += selected.truncated_tokens
                 report.dropped.update(selected.dropped)
                 self._check_usable(source)
-        starts = pack_rows(Measured(*sizes[:, fits]), self._rules)
-        return _Table(sources[fits], documents[fits], starts)
+        measured = Measured(*sizes[:, fits])
+        starts = pack_rows(measured, self._rules)
+        before = np.concatenate(([0], np.cumsum(measured.tiles)))[starts]
+        return _Table(sources[fits], documents[fits], starts, np.diff(before))
 
     def _check_usable(self, source: int) -> None:
         report = self._reports[source]
@@ -274,6 +290,17 @@ class RowOrder:
         source = int(self._mixture.choose(index, index + 1)[0])
         number = int(self._mixture.count_before(index)[source])
         return RowTask(index, self._packed[source].row(number))
+
+    def tiles(self, first: int, stop: int) -> Int64:
+        """Return the tiles of each of the rows [first, stop), int64; neither tokens nor images are read."""
+        if not self._by_row:
+            return self._packed[0].tiles(first, stop)
+        sources, seen = self._mixture.choose(first, stop), self._mixture.count_before(first)
+        found = np.zeros(len(sources), np.int64)
+        for source, packed in enumerate(self._packed):
+            mine, at = sources == source, int(seen[source])
+            found[mine] = packed.tiles(at, at + int(np.count_nonzero(mine)))
+        return found
 
     def rows_before_repeat(self, limit: int) -> int:
         """Return how many rows from row 0 on show no document twice, at most ``limit`` (work grows with it)."""

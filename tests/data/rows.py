@@ -6,7 +6,7 @@ from pathlib import Path
 
 from mm15_megatron.config.schema import TilingConfig
 from mm15_megatron.data.indexed.reader import IndexedSource
-from mm15_megatron.data.indexed.writer import DatasetWriter
+from mm15_megatron.data.indexed.writer import DatasetWriter, EncodedImage
 from mm15_megatron.data.packing import PackingRules
 
 RULES = PackingRules(
@@ -25,4 +25,12 @@ def text_source(path: Path, lengths: list[int]) -> IndexedSource:
     with DatasetWriter(path, kind="text", tokenizer_digest="", image_sentinel_id=3) as writer:
         for length in lengths:
             writer.add_document([9] * length)
+    return IndexedSource(path)
+
+
+def image_source(path: Path, images: list[int]) -> IndexedSource:
+    """A source of one interleaved document for each number of images; their bytes are no images."""
+    with DatasetWriter(path, kind="interleaved", tokenizer_digest="", image_sentinel_id=3) as writer:
+        for count in images:
+            writer.add_document([9, 8] + [3] * count, images=[EncodedImage(b"x", 20, 30)] * count)
     return IndexedSource(path)

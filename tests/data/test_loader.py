@@ -34,6 +34,7 @@ from mm15_megatron.data.tokenizer import Tokenizer, train_character_tokenizer
 from mm15_megatron.errors import ConfigError, DataError
 
 SLOTS = 4
+SUM_ORDER = 1e-12  # float64 sums of float32 weights, taken in another order
 
 
 @pytest.fixture
@@ -97,7 +98,9 @@ def test_workers_do_not_change_the_batches(cfg: RunConfig) -> None:
     assert not multiprocessing.active_children()
 
 
-def test_ranks_divide_the_rows_of_a_step(cfg: RunConfig) -> None:
+@pytest.mark.parametrize("row_dealing", ["balanced", "round_robin"])
+def test_ranks_divide_the_rows_of_a_step(cfg: RunConfig, row_dealing: str) -> None:
+    cfg = with_data(cfg, row_dealing=row_dealing)
     one = take(cfg, 8)
     two = [take(cfg, 4, view=RankView(data_rank=rank, data_size=2)) for rank in range(2)]
     for step in range(2):
@@ -105,6 +108,50 @@ def test_ranks_divide_the_rows_of_a_step(cfg: RunConfig) -> None:
         dealt = {r.row: r for rank in two for batch in rank[2 * step : 2 * step + 2] for r in batch.rows}
         assert dealt == rows
         assert sorted(rows) == list(range(8 * step, 8 * step + 8))
+
+
+def test_balanced_ranks_have_equal_tiles(cfg: RunConfig) -> None:
+    def spread(row_dealing: str) -> int:
+        views = [RankView(data_rank=rank, data_size=4, reads_images=False) for rank in range(4)]
+        large = replace(cfg, train=TrainConfig(global_batch_size=32, micro_batch_size=1))
+        steps = [take(with_data(large, row_dealing=row_dealing), 8, view=view) for view in views]
+        slots = [sum(row.image_slots for batch in batches for row in batch.rows) for batches in steps]
+        return (max(slots) - min(slots)) // SLOTS
+
+    assert spread("balanced") <= 5 < spread("round_robin")  # an image has five tiles
+
+
+def test_a_step_is_dealt_alike_at_any_position(cfg: RunConfig) -> None:
+    """A ramp, a change of ranks and a resumption meet the same rows in a step."""
+    ramped = replace(cfg, train=TrainConfig(global_batch_size=16, micro_batch_size=2, rampup_batch_size=(8, 8, 16)))
+    sizes, at = (8, 8, 16, 16), 0
+    for size in sizes:
+        for ranks in (1, 2, 4):
+            rounds = size // (2 * ranks)
+            views = [RankView(data_rank=rank, data_size=ranks, reads_images=False) for rank in range(ranks)]
+            dealt = [take(ramped, rounds, view=view, consumed_rows=at) for view in views]
+            rows = sorted(row.row for batches in dealt for batch in batches for row in batch.rows)
+            assert rows == list(range(at, at + size))
+        at += size
+
+
+@pytest.mark.parametrize("normalisation", ["token", "sample", "sqrt"])
+@pytest.mark.parametrize("row_dealing", ["balanced", "round_robin"])
+def test_the_first_micro_batch_says_what_the_step_holds(cfg: RunConfig, normalisation: str, row_dealing: str) -> None:
+    train = replace(cfg.train, loss_normalisation=normalisation, rampup_batch_size=(4, 4, 12))
+    cfg = with_data(replace(cfg, train=train), row_dealing=row_dealing, mixture_unit="sample")
+    rounds = (1, 1, 1, 2, 2)  # steps of 4, 4, 4, 8 and 8 rows over two ranks
+    for rank in range(2):
+        batches = take(cfg, sum(rounds), view=RankView(data_rank=rank, data_size=2))
+        later = take(cfg, sum(rounds), view=RankView(data_rank=rank, data_size=2, reads_images=False))
+        assert [batch.step_counts for batch in later] == [batch.step_counts for batch in batches]
+        for count in rounds:
+            step, batches = batches[:count], batches[count:]
+            first = step[0].step_counts
+            assert first.tokens == sum(int((~batch.padding_mask_T).sum()) for batch in step)
+            targets = sum(float(batch.loss_mask_T.sum(dtype=torch.float64)) for batch in step)
+            assert first.targets == pytest.approx(targets, rel=SUM_ORDER)
+            assert [batch.step_counts for batch in step[1:]] == [None] * (count - 1)
 
 
 def row_tensors(batch: MMBatch, cfg: RunConfig) -> dict[int, dict[str, torch.Tensor]]:

@@ -1,21 +1,24 @@
-"""The order of rows: bijections, mixtures, epochs, random access, and the dealing to ranks."""
+"""The order of rows: bijections, mixtures, epochs, random access, and the rows of a step."""
 
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from mm15_megatron.config.schema import TilingConfig
 from mm15_megatron.data import row_order
 from mm15_megatron.data.batch_plan import BatchPlan
 from mm15_megatron.data.indexed.reader import IndexedSource
 from mm15_megatron.data.mixture import Mixture
+from mm15_megatron.data.packing import measure
 from mm15_megatron.data.permutation import derive_key, permute
 from mm15_megatron.data.row_order import EpochOrder, RowOrder
 from mm15_megatron.errors import ConfigError, DataError
-from tests.data.rows import RULES, text_source
+from tests.data.rows import RULES, image_source, text_source
 
 SHARE_TOLERANCE = 3  # rows: how far a golden-ratio sequence strays from its share over any stretch
 
@@ -148,14 +151,34 @@ def test_a_source_without_a_usable_document(tmp_path: Path, unit: str) -> None:
         RowOrder([text_source(tmp_path / "e", [])], [1.0], RULES, seed=0, unit=unit, shuffle=True)
 
 
-# --- Dealing rows to ranks
+@pytest.mark.parametrize("unit", ["row", "sample"])
+def test_tiles_of_rows_are_those_of_their_documents(tmp_path: Path, unit: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(row_order, "CHUNK_DOCUMENTS", 32)
+    monkeypatch.setattr(row_order, "CHUNK_SAMPLES", 64)
+    rules = replace(RULES, tiling=TilingConfig(mode="static"), seq_length=64, max_tiles=12)
+    readers = [image_source(tmp_path / "a", [0, 1, 2] * 30), image_source(tmp_path / "b", [1, 3, 0, 0, 1] * 9)]
+    rows = RowOrder(readers, [0.7, 0.3], rules, seed=1, unit=unit, shuffle=True)
+    for first, stop in ((150, 190), (0, 60), (60, 61), (7, 7)):
+        expected = [
+            sum(int(measure(readers[s], np.array([d]), rules).tiles[0]) for s, d in rows.row(r).samples)
+            for r in range(first, stop)
+        ]
+        assert rows.tiles(first, stop).tolist() == expected
+    assert len(set(rows.tiles(0, 60).tolist())) > 3
 
 
-def test_each_row_of_a_step_goes_to_one_rank() -> None:
-    plan = BatchPlan(global_batch_size=24, micro_batch_size=2, data_size=3)
-    dealt = [plan.micro_batches(48, rank) for rank in range(3)]
-    assert dealt[1] == ((50, 51), (56, 57), (62, 63), (68, 69))
+# --- The rows of a step
+
+
+@pytest.mark.parametrize("row_dealing", ["balanced", "round_robin"])
+def test_each_row_of_a_step_goes_to_one_rank(row_dealing: str) -> None:
+    plan = BatchPlan(global_batch_size=24, micro_batch_size=2, data_size=3, row_dealing=row_dealing)
+    tiles = np.arange(24) % 7
+    dealt = [plan.micro_batches(48, rank, tiles_R=tiles) for rank in range(3)]
     assert sorted(row for rank in dealt for batch in rank for row in batch) == list(range(48, 72))
+    assert (dealt[1] == ((50, 51), (56, 57), (62, 63), (68, 69))) == (row_dealing == "round_robin")
+    totals = [sum(int(tiles[row - 48]) for batch in rank for row in batch) for rank in dealt]
+    assert (max(totals) - min(totals) <= 1) == (row_dealing == "balanced")
     assert plan.micro_batches_per_step(0) == 4
 
 

@@ -62,7 +62,7 @@ def test_bf16_packed_kernel_equals_fp32_mask(cuda_rank: Topology) -> None:
 )
 @pytest.mark.parametrize("preset", ["debug_dense", "debug_moe"])
 def test_transformer_engine_equals_local(cuda_rank: Topology, preset: str) -> None:
-    """Same global names, same initial weights, same logits in bf16, same gradients where no token changes its expert."""
+    """Same global names, same initial weights, same logits in bf16, same gradients of the dense model."""
     models = [build(cuda_rank, gpu_config(name, "bf16", preset)) for name in ("local", "transformer_engine")]
     weights = [{item.name: item.parameter for item in global_parameters([model])} for model in models]
     assert weights[0].keys() == weights[1].keys()
