@@ -18,10 +18,12 @@ MEMORY_MIB = 6 * 1024
 
 
 @pytest.mark.soak
-def test_quickstart(tmp_path: Path) -> None:
+@pytest.mark.parametrize("model", ["dense", "moe"])
+def test_quickstart(model: str, tmp_path: Path) -> None:
     """It is killed, resumes, learns to read held-out digits, and cannot read shuffled ones."""
     run_dir = tmp_path / "quickstart"
-    environment = {**os.environ, "PYTHON": sys.executable, "RUN_DIR": str(run_dir), "PYTHONPATH": str(ROOT)}
+    settings = {"PYTHON": sys.executable, "RUN_DIR": str(run_dir), "PYTHONPATH": str(ROOT), "MODEL": model}
+    environment = {**os.environ, **settings}
     done = subprocess.run(
         ["bash", "examples/quickstart/run.sh"], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
     )
