@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from mm15_megatron.batch import tile_share
 from mm15_megatron.errors import DataError
+from mm15_megatron.parity.stream import batch_of_rows, row_of
 from tests.helpers.layouts import debug_config
-from tests.helpers.streams import batch_of_rows, row_of
 
 
 @given(tiles=st.integers(0, 200), size=st.integers(1, 16))

@@ -54,8 +54,8 @@ def restore_model(
         run_dir: directory of the run.
         place: what the launcher said.
         stack: leaves the process groups when it closes.
-        parallel: the layout of this job; None = as the run was trained, without its pipeline and its context parallelism
-            (answers are generated from whole rows on one stage).
+        parallel: the layout of this job; None = as the run was trained, but on one stage and with whole rows, from
+            which answers are generated.
 
     Raises:
         CheckpointError: there is no checkpoint, or it is damaged.

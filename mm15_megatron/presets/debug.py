@@ -45,9 +45,8 @@ DEBUG_MOE = replace(
     DEBUG_DENSE,
     name="debug_moe",
     description="debug_dense with 4 experts in every second layer",
-    settings=DEBUG_DENSE.settings + settings(
-        _OURS, moe={"num_moe_experts": 4, "moe_layer_period": 2, "moe_capacity_group_size": 32}
-    ),
+    settings=DEBUG_DENSE.settings
+    + settings(_OURS, moe={"num_moe_experts": 4, "moe_layer_period": 2, "moe_capacity_group_size": 32}),
 )
 
 DEBUG_VISION = replace(

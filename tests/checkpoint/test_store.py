@@ -21,10 +21,10 @@ from mm15_megatron.config.dump import dump_flat
 from mm15_megatron.config.schema import RunConfig
 from mm15_megatron.errors import CheckpointError
 from mm15_megatron.parallel.topology import close_topology
+from mm15_megatron.parity.ranks import RankFailure, run_on_ranks
+from mm15_megatron.parity.trace import build_parts
 
 from ..helpers.layouts import change, debug_config
-from ..helpers.parity import build_parts
-from ..helpers.ranks import RankFailure, run_on_ranks
 
 META = {
     "format_version": FORMAT_VERSION,

@@ -18,8 +18,8 @@ from mm15_megatron.config.schema import RunConfig
 from mm15_megatron.models.build import build_chunks
 from mm15_megatron.parallel.seeds import seed_everything
 from mm15_megatron.parallel.topology import build_topology, close_topology
+from mm15_megatron.parity.ranks import rank_place, run_on_ranks
 from mm15_megatron.presets import resolve
-from tests.helpers.ranks import rank_place, run_on_ranks
 
 TP2 = "parallel.tensor_model_parallel_size=2"
 PP2 = "parallel.pipeline_model_parallel_size=2"

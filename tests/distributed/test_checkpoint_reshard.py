@@ -16,6 +16,7 @@ from mm15_megatron.checkpoint.torch_dist import load_tensors, stored_shapes
 from mm15_megatron.config.schema import RunConfig
 from mm15_megatron.parallel.topology import close_topology
 from mm15_megatron.parity.compare import FP32_SCALAR
+from mm15_megatron.parity.layouts import parse_layout
 from mm15_megatron.parity.ranks import RankFailure, run_on_ranks
 from mm15_megatron.parity.trace import build_parts, micro_batches
 from mm15_megatron.training.step import StepParts, evaluate_step, train_step
@@ -33,27 +34,9 @@ MATRIX = {
     **{name: LAYOUTS[name] for name in ("tp2", "tp2sp", "pp2", "dp2", "dp2-dist-opt", OVERLAP, "tp2pp2")},
 }
 
-SHARDED = {"use_distributed_optimizer": True}
 SPARSE_MATRIX = {
     "one": ONE,
-    "tp2sp-etp1": Layout(
-        2,
-        {"parallel": {"tensor_model_parallel_size": 2, "sequence_parallel": True, "expert_tensor_parallel_size": 1}},
-    ),
-    "ep2-dist-opt": Layout(2, {"parallel": {"expert_model_parallel_size": 2, **SHARDED}}),
-    "vpp2": Layout(2, {"parallel": {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}}),
-    "tp2pp2ep2": Layout(
-        8,
-        {
-            "parallel": {
-                "tensor_model_parallel_size": 2,
-                "sequence_parallel": True,
-                "pipeline_model_parallel_size": 2,
-                "expert_model_parallel_size": 2,
-                **SHARDED,
-            }
-        },
-    ),
+    **{name: parse_layout(name) for name in ("tp2sp-etp1", "ep2-dist-opt", "vpp2", "tp2sp-pp2ep2-dist-opt")},
 }
 MATRICES = {DENSE: MATRIX, SPARSE: SPARSE_MATRIX}
 

@@ -49,7 +49,7 @@ def arguments(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 def environment(**more: str) -> dict[str, str]:
     """This process's environment without what a launcher sets."""
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "MM15_TEST_"))}
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "MM15_PARITY_"))}
     return {**kept, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **more}
 
 

@@ -16,9 +16,9 @@ from mm15_megatron.models.build import build_chunks
 from mm15_megatron.models.global_parameters import global_parameters
 from mm15_megatron.parallel.fake_cluster import Coordinates, coordinates, distinct_ranks, fake_rank
 from mm15_megatron.parallel.seeds import seed_everything
+from mm15_megatron.parity.ranks import run_on_ranks
 from mm15_megatron.presets import REGISTRY, resolve
 from mm15_megatron.presets.reference_layouts import at_reference_layout, layouts_of
-from tests.helpers.ranks import run_on_ranks
 
 # Transformer Engine, which the presets ask for, cannot be imported without CUDA; the parameters are the same.
 BUILDABLE = ["kernels.transformer_impl=local"]

@@ -12,12 +12,12 @@ from mm15_megatron.data.sft import Conversation, Turn, build_conversations
 from mm15_megatron.data.tokenizer import train_character_tokenizer
 from mm15_megatron.parallel.topology import close_topology
 from mm15_megatron.parity.compare import FP32_REDUCTION, FP32_SCALAR, SMALLEST_GRADIENT
+from mm15_megatron.parity.ranks import run_on_ranks
 from mm15_megatron.parity.trace import build_parts, gathered_gradients
 from mm15_megatron.presets import resolve
 from mm15_megatron.training.step import LossSums, accumulate_gradients
 
 from ..data.images import photo
-from ..helpers.ranks import run_on_ranks
 
 
 @pytest.fixture(scope="module")

@@ -17,10 +17,10 @@ from mm15_megatron.data.packing import PackingRules
 from mm15_megatron.data.samples import ImageRef, Sample
 from mm15_megatron.evaluation.generate import Generator, Prompt
 from mm15_megatron.parallel.topology import close_topology
+from mm15_megatron.parity.ranks import RankFailure, run_on_ranks
+from mm15_megatron.parity.trace import build_parts
 
 from ..helpers.layouts import LAYOUTS, change, debug_config
-from ..helpers.parity import build_parts
-from ..helpers.ranks import RankFailure, run_on_ranks
 
 IMAGE = 255
 NEVER = 256  # past the vocabulary: nothing ends an answer

@@ -13,10 +13,10 @@ from mm15_megatron.config.schema import RunConfig
 from mm15_megatron.evaluation.generate import Generator, Prompt
 from mm15_megatron.evaluation.restore import restore_model
 from mm15_megatron.parallel.topology import close_topology
+from mm15_megatron.parity.ranks import RankFailure, rank_place, run_on_ranks
+from mm15_megatron.parity.trace import build_parts
 
 from ..helpers.layouts import LAYOUTS, change, debug_config
-from ..helpers.parity import build_parts
-from ..helpers.ranks import RankFailure, rank_place, run_on_ranks
 
 PROMPTS = [Prompt(tuple(range(start, start + 4))) for start in range(0, 80, 20)]
 SPECIAL = {"eos_id": 256, "image_id": 255}

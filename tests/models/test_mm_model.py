@@ -16,8 +16,8 @@ from mm15_megatron.models.global_parameters import global_parameters
 from mm15_megatron.models.image_merge import merge_image_tokens
 from mm15_megatron.models.mm_model import MM15Model
 from mm15_megatron.parallel.topology import Topology
+from mm15_megatron.parity.stream import Segment, batch_of_rows, row_of
 from tests.helpers.layouts import change, debug_config
-from tests.helpers.streams import Segment, batch_of_rows, row_of
 
 # The same sums in other shapes (a segment alone is a smaller matrix product).
 FP32_SHAPES = {"rtol": 2e-5, "atol": 2e-6}

@@ -15,12 +15,11 @@ import torch
 
 from mm15_megatron.config.parse import parse_run
 from mm15_megatron.config.validate import validate
+from mm15_megatron.parity.ranks import rank_place, run_on_ranks
 from mm15_megatron.presets import REGISTRY
 from mm15_megatron.training import loop
 from mm15_megatron.training.run import Run
 from mm15_megatron.training.signals import StopRequest
-
-from ..helpers.ranks import rank_place, run_on_ranks
 
 
 class _Trap(io.StringIO):

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from mm15_megatron.parity.ranks import run_on_ranks
 from mm15_megatron.training import losses
-from tests.helpers.ranks import run_on_ranks
 
 TOKENS, VOCAB, PADDED, Z = 37, 50, 64, 0.3
 FP32 = {"rtol": 2e-6, "atol": 2e-6}

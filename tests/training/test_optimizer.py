@@ -7,12 +7,12 @@ import torch
 
 from mm15_megatron.config.schema import RunConfig
 from mm15_megatron.parallel.topology import close_topology
+from mm15_megatron.parity.ranks import run_on_ranks
+from mm15_megatron.parity.trace import build_parts, micro_batches
 from mm15_megatron.training.schedule import apply_schedule
 from mm15_megatron.training.step import StepParts, train_step
 
 from ..helpers.layouts import change, debug_config
-from ..helpers.parity import build_parts, micro_batches
-from ..helpers.ranks import run_on_ranks
 
 RATES = {"language": 1e-3, "connector": 8e-5, "vision": 2e-4}
 # A first AdamW step moves an entry by lr * g / (|g| + eps); what is left is the rounding of weights around one.

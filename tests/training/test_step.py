@@ -13,12 +13,12 @@ import torch
 from mm15_megatron.batch import MMBatch
 from mm15_megatron.config.schema import RunConfig
 from mm15_megatron.parallel.topology import close_topology
+from mm15_megatron.parity.ranks import run_on_ranks
+from mm15_megatron.parity.trace import build_parts, gathered, micro_batches
 from mm15_megatron.training.run import Feed, Run
 from mm15_megatron.training.step import StepOutput, StepParts, accumulate_gradients, apply_gradients, train_step
 
 from ..helpers.layouts import LAYOUTS, Layout, debug_config
-from ..helpers.parity import build_parts, gathered, micro_batches
-from ..helpers.ranks import run_on_ranks
 from .runs import records, run_arguments
 
 Fault = Callable[[MMBatch], MMBatch]

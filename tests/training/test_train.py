@@ -17,10 +17,10 @@ from pathlib import Path
 import pytest
 
 from mm15_megatron.checkpoint.publish import checkpoints_folder, published
+from mm15_megatron.parity.ranks import RankFailure, run_on_ranks
 from mm15_megatron.train import EXIT_BAD_INPUT
 from mm15_megatron.training.signals import EXIT_INTERRUPTED
 
-from ..helpers.ranks import RankFailure, run_on_ranks
 from .runs import records, run_arguments, run_on_rank
 
 Arguments = Callable[..., list[str]]

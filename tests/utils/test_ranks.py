@@ -6,9 +6,8 @@ import pytest
 import torch
 
 from mm15_megatron.errors import CheckpointError
+from mm15_megatron.parity.ranks import run_on_ranks
 from mm15_megatron.utils.ranks import launched_rank, on_rank_zero
-
-from ..helpers.ranks import run_on_ranks
 
 
 def _results() -> tuple[int, str, str]:

@@ -1,6 +1,6 @@
-"""Run a function on several gloo ranks, each a real process from one preloaded forkserver.
+"""Run a function on several ranks of this machine, each a real process from one preloaded forkserver.
 
-A forkserver imports torch and megatron-core once; every rank is then a fork of it, so a four-rank test starts in a
+A forkserver imports torch and megatron-core once; every rank is then a fork of it, so a four-rank job starts in a
 fraction of a second. Ranks meet through a file, use one thread each, and report their result or their traceback with
 the rank's number.
 """
@@ -14,9 +14,12 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
+
+from mm15_megatron.errors import MM15Error
 
 _PRELOAD = [
     "torch",
@@ -26,17 +29,42 @@ _PRELOAD = [
     "megatron.core.dist_checkpointing",
     "mm15_megatron.models.mm_model",
 ]
+_RANK, _WORLD, _STORE = "MM15_PARITY_RANK", "MM15_PARITY_WORLD", "MM15_PARITY_STORE"
 
 
-class RankFailure(AssertionError):
-    """One or more ranks raised, died or did not finish; the message holds every traceback."""
+class RankFailure(RuntimeError):
+    """One or more ranks raised, died or did not finish; the message holds every traceback.
+
+    Args:
+        message: the tracebacks, by rank.
+        bad_input: the error about the user's input that a rank raised, if one did.
+    """
+
+    def __init__(self, message: str, *, bad_input: MM15Error | None = None) -> None:
+        super().__init__(message)
+        self.bad_input = bad_input
 
 
-def run_on_ranks(fn: Callable[..., Any], world_size: int, *, timeout: float = 240.0, **kwargs: Any) -> list[Any]:
+@dataclass(frozen=True)
+class _Failure:
+    text: str
+    bad_input: MM15Error | None = None
+
+
+def run_on_ranks(
+    fn: Callable[..., Any], world_size: int, *, timeout: float = 240.0, device: str = "cpu", **kwargs: Any
+) -> list[Any]:
     """Call ``fn(**kwargs)`` on ``world_size`` ranks of a job and return their results in rank order.
 
-    ``fn`` and its arguments must be picklable; inside, ``rank_place()`` tells the rank. torch.distributed is
-    initialised before ``fn`` runs.
+    ``fn`` and its arguments must be picklable; inside, ``rank_place()`` tells the rank. On the CPU torch.distributed is
+    initialised before ``fn`` runs; on CUDA it is left to ``build_topology``, which selects the device first.
+
+    Args:
+        fn: a function of a module, called with ``kwargs``.
+        world_size: ranks.
+        timeout: seconds until ranks that have not answered count as failed.
+        device: cpu or cuda.
+        kwargs: arguments of ``fn``.
 
     Raises:
         RankFailure: if any rank fails; the others are ended.
@@ -47,9 +75,8 @@ def run_on_ranks(fn: Callable[..., Any], world_size: int, *, timeout: float = 24
         pipes, processes = [], []
         for rank in range(world_size):
             ours, theirs = context.Pipe(duplex=False)
-            process = context.Process(
-                target=_child, args=(theirs, fn, kwargs, rank, world_size, str(Path(folder) / "store")), daemon=False
-            )
+            place = {_RANK: str(rank), _WORLD: str(world_size), _STORE: str(Path(folder) / "store")}
+            process = context.Process(target=_child, args=(theirs, fn, kwargs, place, device), daemon=False)
             process.start()
             theirs.close()
             pipes.append(ours)
@@ -66,7 +93,7 @@ def run_on_ranks(fn: Callable[..., Any], world_size: int, *, timeout: float = 24
 
 def _collect(pipes: list[Connection], timeout: float) -> list[Any]:
     results: dict[int, Any] = {}
-    failures: dict[int, str] = {}
+    failures: dict[int, _Failure] = {}
     deadline = time.monotonic() + timeout
     waiting = {pipe: rank for rank, pipe in enumerate(pipes)}
     while waiting and time.monotonic() < deadline:
@@ -79,25 +106,31 @@ def _collect(pipes: list[Connection], timeout: float) -> list[Any]:
             try:
                 ok, value = pickle.loads(pipe.recv_bytes())
             except EOFError:
-                ok, value = False, "the process died without a word"
+                ok, value = False, _Failure("the process died without a word")
             (results if ok else failures)[rank] = value
     if not failures:
-        failures = {rank: f"no answer after {timeout} s" for rank in waiting.values()}
+        failures = {rank: _Failure(f"no answer after {timeout} s") for rank in waiting.values()}
     if failures:
-        raise RankFailure("\n".join(f"--- rank {rank} ---\n{text}" for rank, text in sorted(failures.items())))
+        text = "\n".join(f"--- rank {rank} ---\n{failure.text}" for rank, failure in sorted(failures.items()))
+        raise RankFailure(text, bad_input=next((f.bad_input for f in failures.values() if f.bad_input), None))
     return [results[rank] for rank in sorted(results)]
 
 
-def _child(pipe: Connection, fn: Callable[..., Any], kwargs: dict[str, Any], rank: int, world: int, store: str) -> None:
+def _child(
+    pipe: Connection, fn: Callable[..., Any], kwargs: dict[str, Any], place: dict[str, str], device: str
+) -> None:
     import torch
 
     torch.set_num_threads(1)
-    os.environ.update(MM15_TEST_RANK=str(rank), MM15_TEST_WORLD=str(world))
+    os.environ.update(place)
     try:
-        torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+        if device == "cpu":
+            torch.distributed.init_process_group(
+                "gloo", init_method=f"file://{place[_STORE]}", rank=int(place[_RANK]), world_size=int(place[_WORLD])
+            )
         _answer(pipe, True, fn(**kwargs))
-    except BaseException:  # noqa: BLE001 - the parent prints it with the rank's number
-        _answer(pipe, False, traceback.format_exc())
+    except BaseException as error:  # noqa: BLE001 - the parent raises it with the rank's number
+        _answer(pipe, False, _Failure(traceback.format_exc(), error if isinstance(error, MM15Error) else None))
     finally:
         pipe.close()
         if torch.distributed.is_initialized():
@@ -113,5 +146,5 @@ def rank_place() -> Any:
     """Return this rank's :class:`Rendezvous` inside ``run_on_ranks``."""
     from mm15_megatron.parallel.rendezvous import Rendezvous
 
-    rank, world = int(os.environ["MM15_TEST_RANK"]), int(os.environ["MM15_TEST_WORLD"])
-    return Rendezvous("single", rank, world, rank, world, "")
+    rank, world = int(os.environ[_RANK]), int(os.environ[_WORLD])
+    return Rendezvous("single", rank, world, rank, world, f"file://{os.environ[_STORE]}")
