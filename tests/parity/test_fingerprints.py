@@ -62,7 +62,7 @@ def test_pieces_come_together() -> None:
 def test_tiles_of_a_sample_lie_end_to_end() -> None:
     values = torch.arange(8, dtype=torch.float64).view(4, 2)
     spans = (((SAMPLE, 0), 0, 1), ((SAMPLE, 1), 1, 3), ((SAMPLE, 0), 3, 4))
-    merged = merge([Piece("connector", spans, 0, True, values[:2]), Piece("connector", spans, 1, True, values[2:])])
+    merged = merge([Piece("connector", spans, 0, values[:2]), Piece("connector", spans, 1, values[2:])])
     assert torch.equal(merged["connector"][SAMPLE, 0], values[[0, 3]])
 
 
