@@ -89,7 +89,7 @@ class MMBatch:
             order; the features of padding and dummy tiles come after the first N_all and are dropped by index.
         rows: one record for each row.
         step_counts: on the first micro-batch of a step, what all micro-batches of this rank's step hold together; None
-            on the others.
+            on the others, and everywhere in a run that has no use for it.
     """
 
     segment_bounds_G: torch.Tensor

@@ -107,6 +107,15 @@ def _micro_batches_in_flight(cfg: RunConfig, *, stage: int) -> float:
     return (2 * (stages - stage - 1) + (chunks - 1) * stages + 1) / chunks
 
 
+def _passes_of_first_chunk(cfg: RunConfig, *, stage: int) -> float:
+    """Return how many passes of its first model chunk a stage keeps at most (the encoder is in that of stage 0)."""
+    stages, chunks = cfg.parallel.pipeline_model_parallel_size, cfg.parallel.virtual_pipeline_model_parallel_size
+    if chunks is None:
+        return _micro_batches_in_flight(cfg, stage=stage)
+    rounds, rest = divmod(2 * (stages - stage - 1) + (chunks - 1) * stages + 1, stages * chunks)
+    return float(rounds * stages + min(rest, stages))
+
+
 def _activation_bytes(cfg: RunConfig, *, stage: int) -> float:
     width = 2 if cfg.kernels.params_dtype == "bf16" else 4
     p, sparse = cfg.parallel, sparse_layers(cfg)
@@ -119,7 +128,7 @@ def _activation_bytes(cfg: RunConfig, *, stage: int) -> float:
     if stage == 0 and not cfg.freeze.vision:
         sharing = p.tensor_model_parallel_size * p.context_parallel_size
         tiles = planned_tiles_per_row(cfg) * cfg.train.micro_batch_size / sharing
-        total += width * tiles * _tile_activations(cfg) * in_flight
+        total += width * tiles * _tile_activations(cfg) * _passes_of_first_chunk(cfg, stage=stage)
     return total
 
 

@@ -73,4 +73,5 @@ def _tokens_of_a_rank(config: RunConfig, world_size: int) -> None:
         divides(what, count, by="moe.moe_capacity_group_size", divisor=group)
 
 
-EXPERT_RULES: tuple[Rule, ...] = (_routing, _expert_parallel, _tokens_of_a_rank)
+EXPERT_SPLIT_RULES: tuple[Rule, ...] = (_expert_parallel,)
+EXPERT_RULES: tuple[Rule, ...] = (_routing, *EXPERT_SPLIT_RULES, _tokens_of_a_rank)

@@ -184,10 +184,11 @@ def _device_and_kernels(config: RunConfig, world_size: int) -> None:
         )
 
 
+SPLIT_RULES: tuple[Rule, ...] = (_world_size, _tensor_split_of_decoder, _tensor_split_of_encoder)
+"""What splits a model that only answers."""
+
 LAYOUT_RULES: tuple[Rule, ...] = (
-    _world_size,
-    _tensor_split_of_decoder,
-    _tensor_split_of_encoder,
+    *SPLIT_RULES,
     _pipeline_split,
     _sequence_parallel,
     _context_parallel,

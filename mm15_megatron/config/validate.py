@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from mm15_megatron.config.rule import Rule
-from mm15_megatron.config.rules_experts import EXPERT_RULES, expert_tensor_size
+from mm15_megatron.config.rules_experts import EXPERT_RULES, EXPERT_SPLIT_RULES, expert_tensor_size
 from mm15_megatron.config.rules_layout import (
     LAYOUT_RULES,
+    SPLIT_RULES,
     data_parallel_size,
     feasible_first_stages,
     virtual_stages,
@@ -19,6 +20,7 @@ __all__ = [
     "NOT_TRAINED_YET",
     "RULES",
     "Rule",
+    "check_split",
     "data_parallel_size",
     "expert_tensor_size",
     "feasible_first_stages",
@@ -52,4 +54,14 @@ def validate(config: RunConfig, *, world_size: int) -> None:
         ConfigError: the first rule that fails, with the values and the fix.
     """
     for rule in RULES:
+        rule(config, world_size)
+
+
+def check_split(config: RunConfig, *, world_size: int) -> None:
+    """Check that the model of ``config`` can be split over ``world_size`` processes that do not train it.
+
+    Raises:
+        ConfigError: the first rule that fails, with the values and the fix.
+    """
+    for rule in (*SPLIT_RULES, *EXPERT_SPLIT_RULES):
         rule(config, world_size)

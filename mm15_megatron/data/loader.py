@@ -45,8 +45,11 @@ class _MicroBatches(Dataset[MMBatch]):
 class _TaskStream:
     """The endless sequence of one rank's micro-batches, as row contents. It runs in the training process alone."""
 
-    def __init__(self, order: RowOrder, plan: BatchPlan, *, data_rank: int, consumed_rows: int) -> None:
+    def __init__(
+        self, order: RowOrder, plan: BatchPlan, *, data_rank: int, consumed_rows: int, counts_steps: bool
+    ) -> None:
         self._order = order
+        self._counts_steps = counts_steps
         self._plan = plan
         self._data_rank = data_rank
         self._consumed_rows = consumed_rows
@@ -57,7 +60,7 @@ class _TaskStream:
             stop = consumed + self._plan.rows_of_step(consumed)
             dealt = self._plan.micro_batches(consumed, self._data_rank, tiles_R=self._order.tiles(consumed, stop))
             tasks = [tuple(self._order.row(row) for row in rows) for rows in dealt]
-            yield MicroBatchTask(tasks[0], step_rows=tuple(chain.from_iterable(tasks)))
+            yield MicroBatchTask(tasks[0], step_rows=tuple(chain.from_iterable(tasks)) if self._counts_steps else ())
             yield from map(MicroBatchTask, tasks[1:])
             consumed = stop
 
@@ -102,6 +105,8 @@ class Loader:
         consumed_rows: rows consumed before this loader starts (a whole number of steps).
         num_workers: worker processes; 0 = work in this process. It never changes what comes out.
         prefetch_factor: micro-batches each worker prepares ahead, a bound on memory.
+        counts_steps: the first micro-batch of each step carries ``step_counts``, which only routers need: the rank's
+            rows are then laid out a second time.
 
     Attributes:
         plan: the plan.
@@ -120,6 +125,7 @@ class Loader:
         consumed_rows: int,
         num_workers: int,
         prefetch_factor: int,
+        counts_steps: bool = True,
     ) -> None:
         self.plan = plan
         self.digest = order.digest
@@ -129,7 +135,9 @@ class Loader:
         # One rank of the run tells what packing left out, once for each epoch of a source.
         self._tells = view.reads_images and view.data_rank == view.tensor_rank == 0
         self._told = [0] * len(order.reports)
-        stream = _TaskStream(order, plan, data_rank=view.data_rank, consumed_rows=consumed_rows)
+        stream = _TaskStream(
+            order, plan, data_rank=view.data_rank, consumed_rows=consumed_rows, counts_steps=counts_steps
+        )
         before = set(multiprocessing.active_children())
         loader = DataLoader(
             _MicroBatches(assembler),
@@ -271,6 +279,7 @@ def build_loader(cfg: RunConfig, *, view: RankView, consumed_rows: int = 0, vali
         consumed_rows=consumed_rows,
         num_workers=cfg.data.num_workers if view.reads_images else 0,
         prefetch_factor=cfg.data.prefetch_factor,
+        counts_steps=cfg.moe.num_moe_experts > 0 and not validation,
     )
 
 

@@ -67,7 +67,8 @@ class Generator:
         prompts_together: prompts of one packed row, a bound on memory.
 
     Raises:
-        ConfigError: the model is cut into pipeline stages, or ``prompts_together`` prompts do not fit a row.
+        ConfigError: the model is cut into stages or its rows over ranks, or ``prompts_together`` prompts do not
+            fit a row.
     """
 
     def __init__(
@@ -84,6 +85,11 @@ class Generator:
             raise ConfigError(
                 f"parallel.pipeline_model_parallel_size = {topology.pipeline_size}: answers are generated on one stage",
                 fix="set parallel.pipeline_model_parallel_size=1; a checkpoint loads into any layout",
+            )
+        if topology.groups.cp.size() > 1:
+            raise ConfigError(
+                f"parallel.context_parallel_size = {topology.groups.cp.size()}: answers are generated from whole rows",
+                fix="set parallel.context_parallel_size=1; a checkpoint loads into any layout",
             )
         self._model = model
         self._cfg = cfg
@@ -103,7 +109,8 @@ class Generator:
     def generate(self, prompts: Sequence[Prompt], *, max_new_tokens: int) -> list[list[int]]:
         """Return the generated ids of each prompt, without the end of text that ended it.
 
-        Data-parallel ranks answer a share of the prompts each and exchange the answers.
+        Data-parallel ranks answer a share of the prompts each and exchange the answers. They run the model equally
+        often, one that is done on a row of no meaning: experts may be spread over them, and a sparse layer needs all.
 
         Raises:
             DataError: a prompt has no token, does not leave room for the answer in ``data.seq_length``, has other than
@@ -114,7 +121,8 @@ class Generator:
         was_training = self._model.training
         self._model.eval()
         answers: list[list[int]] = []
-        for start in range(0, len(mine), self._together):
+        rounds = -(-len(prompts) // (size * self._together))
+        for start in range(0, rounds * self._together, self._together):
             answers += self._answer(mine[start : start + self._together], limit=max_new_tokens)
         self._model.train(was_training)
         shares: list[list[list[int]]] = [answers] * size
@@ -122,16 +130,27 @@ class Generator:
         return [shares[index % size][index // size] for index in range(len(prompts))]
 
     def _answer(self, prompts: Sequence[Prompt], *, limit: int) -> list[list[int]]:
-        sequences = self._open(prompts, limit=limit)
+        sequences = self._open(prompts, limit=limit) if prompts else []
         for _ in range(limit):
             live = [sequence for sequence in sequences if not sequence.finished]
-            if not live:
+            if not self._any_rank(bool(live)):
                 break
-            for sequence, token in zip(live, self._next_tokens(live), strict=True):
+            tokens = self._next_tokens(live or [self._no_prompt()])
+            for sequence, token in zip(live, tokens[: len(live)], strict=True):
                 sequence.finished = token == self._eos_id
                 if not sequence.finished:
                     sequence.answer.append(token)
         return [sequence.answer for sequence in sequences]
+
+    def _any_rank(self, mine: bool) -> bool:
+        """Whether any data-parallel rank still has something to answer."""
+        flag = torch.tensor(int(mine), device=self._topology.device)
+        torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX, group=self._topology.groups.dp)
+        return bool(flag.item())
+
+    def _no_prompt(self) -> _Sequence:
+        none = torch.zeros(0, 3, self._rules.tile_size, self._rules.tile_size)
+        return _Sequence(Prompt((0,)), (), none)
 
     def _open(self, prompts: Sequence[Prompt], *, limit: int) -> list[_Sequence]:
         """Decode the images of all prompts once."""

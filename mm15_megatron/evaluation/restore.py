@@ -9,6 +9,7 @@ import torch
 
 from mm15_megatron.checkpoint.store import Checkpoint, load_weights, open_latest
 from mm15_megatron.config.schema import ParallelConfig, RunConfig
+from mm15_megatron.config.validate import check_split
 from mm15_megatron.errors import CheckpointError
 from mm15_megatron.models.build import build_model
 from mm15_megatron.models.mm_model import MM15Model
@@ -59,12 +60,14 @@ def restore_model(
 
     Raises:
         CheckpointError: there is no checkpoint, or it is damaged.
+        ConfigError: this job's processes cannot be split that way.
         BackendError: the device is not usable.
     """
     checkpoint = open_latest(run_dir)
     if checkpoint is None:
         raise CheckpointError(f"{run_dir} holds no checkpoint", fix="train first, or name the directory of another run")
     cfg = replace(checkpoint.config, parallel=parallel or whole_rows(checkpoint.config.parallel))
+    check_split(cfg, world_size=place.world_size)
     torch.set_num_threads(max(1, cfg.train.threads_per_rank))
     stack.callback(close_topology)
     topology = build_topology(cfg.parallel, place=place)

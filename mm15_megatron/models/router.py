@@ -160,6 +160,8 @@ class RowRouter(TopKRouter):
             if padding_mask is None
             else padding_mask.flatten()
         )
+        # Whatever stands in padding must not reach a sum, not even times zero.
+        logits_TE = logits_TE.masked_fill(padding_T[:, None], 0.0)
         choices = choose(logits_TE, self.rules.topk)
         counted = self.training and torch.is_grad_enabled()  # a recomputed pass counts when it is run again
         taken_TK = ~padding_T[:, None].expand(-1, self.rules.topk)

@@ -191,7 +191,10 @@ def _run_schedule(
 def _forward_step(
     batches: Iterator[MMBatch], chunk: DistributedDataParallel, *, cfg: RunConfig, topology: Topology, sums: _Sums
 ) -> tuple[torch.Tensor, Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]]]:
-    batch = next(batches).to(topology.device)
+    batch = next(batches)
+    if not chunk.module.pre_process:  # a later chunk of the first rank
+        batch = replace(batch, tiles_N3HW=None, slots_NP=None)
+    batch = batch.to(topology.device)
     return chunk(batch), partial(_loss, batch=batch, cfg=cfg, topology=topology, sums=sums)
 
 

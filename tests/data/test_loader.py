@@ -140,6 +140,8 @@ def test_a_step_is_dealt_alike_at_any_position(cfg: RunConfig) -> None:
 def test_the_first_micro_batch_says_what_the_step_holds(cfg: RunConfig, normalisation: str, row_dealing: str) -> None:
     train = replace(cfg.train, loss_normalisation=normalisation, rampup_batch_size=(4, 4, 12))
     cfg = with_data(replace(cfg, train=train), row_dealing=row_dealing, mixture_unit="sample")
+    assert take(cfg, 1, view=RankView(data_size=2))[0].step_counts is None, "a dense model has no use for it"
+    cfg = replace(cfg, moe=replace(cfg.moe, num_moe_experts=4))
     rounds = (1, 1, 1, 2, 2)  # steps of 4, 4, 4, 8 and 8 rows over two ranks
     for rank in range(2):
         batches = take(cfg, sum(rounds), view=RankView(data_rank=rank, data_size=2))

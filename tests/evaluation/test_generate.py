@@ -17,6 +17,7 @@ from mm15_megatron.data.packing import PackingRules
 from mm15_megatron.data.samples import ImageRef, Sample
 from mm15_megatron.evaluation.generate import Generator, Prompt
 from mm15_megatron.parallel.topology import close_topology
+from mm15_megatron.parity.layouts import parse_layout
 from mm15_megatron.parity.ranks import RankFailure, run_on_ranks
 from mm15_megatron.parity.trace import build_parts
 
@@ -121,6 +122,21 @@ def test_every_layout_gives_the_answers_of_one_rank(reference: list[list[int]], 
     layout = LAYOUTS[name]
     for answers in run_on_ranks(_generate, layout.world_size, cfg=layout.apply(_config()), prompts=_prompts()):
         assert answers == reference
+
+
+@pytest.mark.parametrize("count", [1, 7])
+@pytest.mark.parametrize("name", ["ep2", "tp2sp-etp1", "tp2sp-ep2-etp1"])
+def test_experts_answer_in_every_layout(name: str, count: int) -> None:
+    """Ranks with fewer prompts, or whose answers end earlier, stay for the experts that others need."""
+    cfg = change(_config(), moe=vars(debug_config("debug_moe").moe))
+    prompts = _prompts()[:count]
+    (alone,) = run_on_ranks(_generate, 1, cfg=cfg, prompts=prompts)
+    (ended,) = run_on_ranks(_generate, 1, cfg=cfg, prompts=prompts, eos_id=alone[0][1])
+    layout = parse_layout(name)
+    found = run_on_ranks(_generate, layout.world_size, cfg=layout.apply(cfg), prompts=prompts, together=3)
+    assert all(answers == alone for answers in found)
+    early = run_on_ranks(_generate, layout.world_size, cfg=layout.apply(cfg), prompts=prompts, eos_id=alone[0][1])
+    assert all(answers == ended for answers in early)
 
 
 def test_the_end_of_text_ends_an_answer_and_is_left_out(reference: list[list[int]]) -> None:

@@ -56,3 +56,29 @@ def test_a_checkpoint_of_two_ranks_answers_the_same_on_one_and_on_two(tmp_path: 
 def test_a_run_without_a_checkpoint_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RankFailure, match="CheckpointError: .*holds no checkpoint"):
         run_on_ranks(_restore_and_answer, 1, run_dir=str(tmp_path), tensor_size=1)
+
+
+def _restore_as_trained(run_dir: str) -> None:
+    with ExitStack() as stack:
+        restore_model(run_dir, place=rank_place(), stack=stack)
+
+
+def test_experts_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    """The layout of training, on too few ranks."""
+    cfg = change(
+        debug_config("debug_moe"), parallel={"expert_model_parallel_size": 2}, train={"run_dir": str(tmp_path)}
+    )
+    run_on_ranks(_save_and_answer, 2, cfg=cfg)
+    with pytest.raises(RankFailure, match="ConfigError: the ranks of a pipeline stage .* = 1 is not divisible"):
+        run_on_ranks(_restore_as_trained, 1, run_dir=str(tmp_path))
+
+
+def _generate_from_half_rows(cfg: RunConfig) -> None:
+    parts = build_parts(cfg)
+    Generator(parts.chunks[0].module, cfg, topology=parts.topology, **SPECIAL)
+
+
+def test_half_rows_are_refused() -> None:
+    cfg = change(debug_config(), parallel={"context_parallel_size": 2})
+    with pytest.raises(RankFailure, match="context_parallel_size = 2: answers are generated from whole rows"):
+        run_on_ranks(_generate_from_half_rows, 2, cfg=cfg)

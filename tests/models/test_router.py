@@ -8,7 +8,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mm15_megatron.models.router import RoutingRules, balance_weights, choose, within_capacity
+from mm15_megatron.models.router import RoutingRules, RowRouter, balance_weights, choose, within_capacity
+from mm15_megatron.models.router_ledger import BALANCE, LOAD, RouterLedger, Z
+from mm15_megatron.models.transformer_config import language_transformer_config
+from mm15_megatron.parallel.topology import Topology
+from tests.helpers.layouts import debug_config
 
 RULES = RoutingRules(
     topk=2,
@@ -126,3 +130,57 @@ def test_row_of_padding_has_no_weight() -> None:
     """No division by zero for a row without a token."""
     assert balance_weights(torch.zeros(1, 4), 2).tolist() == [[0.0] * 4]
     assert math.isfinite(float(balance_weights(torch.zeros(1, 4), 2).sum()))
+
+
+@pytest.mark.parametrize("variant", ["seq_aux_loss", "gshard_top1"])
+def test_attached_losses_are_the_written_formula(
+    variant: str, one_rank: Topology, logits_TE: torch.Tensor, padding_T: torch.Tensor
+) -> None:
+    """The gradient that reaches the logits, and the sums in the books, against autograd on the definition.
+
+    loss = scale * (0.01 * sum over rows of n E sum_e f_e P_e + 0.001 * sum over tokens of logsumexp ** 2), real tokens.
+    """
+    scale, experts = 0.37, 4
+    rules = replace(RULES, balance_loss=variant, capacity=None)
+    ledger = RouterLedger([1], experts=experts, device="cpu")
+    ledger.begin(loss_scale=torch.tensor(scale))
+    config = language_transformer_config(debug_config("debug_moe"))
+    router = RowRouter(config, pg_collection=one_rank.groups, rules=rules, ledger=ledger)
+    router.set_layer_number(2)
+    given = logits_TE[:, None].clone().requires_grad_()
+    gates_TE, map_TE = router.routing(given, padding_T[:, None])
+    (gates_TE * 0.0).sum().backward()
+
+    logits = logits_TE.clone().requires_grad_()
+    balance, z, chosen = torch.zeros(()), torch.zeros(()), torch.zeros(experts)
+    for row in (slice(0, 16), slice(16, 26)):
+        scores, k = torch.softmax(logits[row], dim=-1), 1 if variant == "gshard_top1" else 2
+        counts = torch.bincount(logits_TE[row].topk(k).indices.flatten(), minlength=experts)
+        tokens = row.stop - row.start
+        balance = balance + tokens * experts * (counts / (tokens * k) * scores.mean(dim=0)).sum()
+        z = z + logits[row].logsumexp(dim=-1).square().sum()
+        chosen += torch.bincount(logits_TE[row].topk(2).indices.flatten(), minlength=experts)
+    (scale * (rules.balance_coeff * balance + rules.z_coeff * z)).backward()
+    torch.testing.assert_close(given.grad[:, 0], logits.grad, rtol=1e-5, atol=1e-9)
+    assert logits.grad[:26].abs().min() > 1e-7, "every real token is taught something"
+    assert not map_TE[26:].any()
+    assert ledger.totals[0, BALANCE].item() == pytest.approx(balance.item(), rel=1e-6)
+    assert ledger.totals[0, Z].item() == pytest.approx(z.item(), rel=1e-6)
+    assert ledger.totals[0, LOAD:].tolist() == chosen.tolist()
+
+
+def test_what_stands_in_padding_reaches_nothing(one_rank: Topology, logits_TE: torch.Tensor) -> None:
+    """Not a number in a padding token stays there."""
+    ledger = RouterLedger([1], experts=4, device="cpu")
+    ledger.begin(loss_scale=torch.tensor(1.0))
+    config = language_transformer_config(debug_config("debug_moe"))
+    router = RowRouter(config, pg_collection=one_rank.groups, rules=RULES, ledger=ledger)
+    router.set_layer_number(2)
+    padding = torch.zeros(32, dtype=torch.bool)
+    padding[30:] = True
+    logits = logits_TE.masked_fill(padding[:, None], torch.nan)[:, None].requires_grad_()
+    gates, _ = router.routing(logits, padding[:, None])
+    gates.sum().backward()
+    assert gates.isfinite().all()
+    assert logits.grad.isfinite().all()
+    assert ledger.totals.isfinite().all()
