@@ -139,7 +139,7 @@ def report(cfg: RunConfig, seconds: dict[str, list[float]], *, command: str) -> 
     lines = [
         "# Our training step against a bare megatron-core loop",
         "",
-        f"`{command}` on {machine}.",
+        f"`{command}` on {machine['processor']}, {machine['cores']} cores.",
         "",
         "Same model, batches and optimizer in one process, steps of both in turn; the docstring of the tool says what "
         "each loop does.",
