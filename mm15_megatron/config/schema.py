@@ -52,7 +52,9 @@ class MoEConfig:
         choices=("seq_aux_loss", "gshard_top1"),
     )
     moe_expert_capacity_factor: float | None = option(
-        None, "capacity factor in megatron-core's convention (AXLearn's 2.0 is 1.0 here); None = dropless"
+        None,
+        "capacity factor in training, in megatron-core's convention (AXLearn's 2.0 is 1.0 here); None = dropless, as "
+        "evaluation always is",
     )
     moe_capacity_group_size: int = option(
         256, "tokens that share the experts' capacity (a GShard group); divides the tokens of every rank"

@@ -35,7 +35,7 @@ def _shared(cfg: RunConfig) -> dict[str, Any]:
         "attention_dropout": 0.0,
         "init_method": leave_uninitialised,
         "output_layer_init_method": leave_uninitialised,
-        # Loss normalisation is ours: sums and counts are reduced over the whole global batch (numerics section 1).
+        # Loss normalisation is ours: sums and counts are reduced over the whole global batch.
         "calculate_per_token_loss": True,
         "gradient_accumulation_fusion": False,
         "masked_softmax_fusion": False,

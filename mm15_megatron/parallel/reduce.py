@@ -3,7 +3,7 @@
 megatron-core reduces over data-parallel ranks, sums what sequence parallelism left partial and ties the embeddings.
 Three things are ours. The gradients of the encoder, whose tensor-parallel ranks encoded other tiles, are summed over
 the tensor-parallel group; so are those of the routers, whose tensor-parallel ranks routed other tokens. And the loss is
-normalised by the weight of all targets of the global batch (numerics sections 1 and 5).
+normalised by the weight of all targets of the global batch.
 """
 
 from __future__ import annotations
