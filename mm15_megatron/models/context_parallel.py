@@ -17,7 +17,6 @@ import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.mappings import all_to_all
 from megatron.core.transformer import TransformerConfig
-from megatron.core.transformer.enums import AttnMaskType
 from torch import nn
 from torch.distributed import ProcessGroup
 
@@ -45,41 +44,20 @@ class HeadExchange(nn.Module):
 
     Args:
         config: the decoder's; N and M of its heads belong to this tensor-parallel rank and are multiples of C.
-        inner: class of the core attention that runs in between.
-        layer_number: as for ``inner``.
-        attn_mask_type: as for ``inner``.
-        attention_type: as for ``inner``.
-        cp_comm_type: not used.
-        softmax_scale: as for ``inner``.
         pg_collection: groups.
+        inner: class of the core attention that runs in between.
+        settings: what else megatron-core passes to a core attention, handed on to ``inner``.
     """
 
     def __init__(
-        self,
-        config: TransformerConfig,
-        layer_number: int,
-        attn_mask_type: AttnMaskType,
-        attention_type: str,
-        cp_comm_type: str | None = None,
-        softmax_scale: float | None = None,
-        pg_collection: ProcessGroupCollection | None = None,
-        *,
-        inner: type,
+        self, config: TransformerConfig, *, pg_collection: ProcessGroupCollection, inner: type, **settings: object
     ) -> None:
         super().__init__()
-        assert pg_collection is not None, "the groups of the decoder"
         self.group = pg_collection.cp
         share = copy.copy(config)
         share.num_attention_heads = config.num_attention_heads // self.group.size()
         share.num_query_groups = config.num_query_groups // self.group.size()
-        self.inner = inner(
-            config=share,
-            layer_number=layer_number,
-            attn_mask_type=attn_mask_type,
-            attention_type=attention_type,
-            softmax_scale=softmax_scale,
-            pg_collection=pg_collection,
-        )
+        self.inner = inner(config=share, pg_collection=pg_collection, **settings)
 
     def forward(
         self,

@@ -50,6 +50,7 @@ class Stage(Protocol):
         is_first_stage: the chunk embeds tokens and encodes images.
         is_last_stage: the chunk ends with the output layer.
         encoder_shares_tiles: each tensor-parallel rank encodes a share of the tiles.
+        own_tokens: cuts this rank's tokens out of a tensor over the whole micro-batch.
     """
 
     @property
@@ -66,6 +67,7 @@ class Stage(Protocol):
     def is_last_stage(self) -> bool: ...  # noqa: D102
     @property
     def encoder_shares_tiles(self) -> bool: ...  # noqa: D102
+    def own_tokens(self, whole_T: torch.Tensor) -> torch.Tensor: ...  # noqa: D102
 
 
 class MM15Model(MegatronModule):
@@ -152,7 +154,9 @@ class MM15Model(MegatronModule):
 
     def forward(self, batch: MMBatch) -> torch.Tensor:
         """Run this stage on one micro-batch."""
-        rotary = rotary_table(self._own_tokens(batch.position_ids_T), head_dim=self.head_dim, base=self.rotary_base)
+        rotary = rotary_table(
+            self.stage.own_tokens(batch.position_ids_T), head_dim=self.head_dim, base=self.rotary_base
+        )
         rows = packed_rows(batch.segment_bounds_G, max_segment=batch.max_segment, rotary=rotary)
         merged = self._embed(batch) if self.pre_process else None
         return self.language_model(
@@ -164,13 +168,9 @@ class MM15Model(MegatronModule):
             padding_mask=self._padding(batch) if self.router_ledger.layers else None,
         )
 
-    def _own_tokens(self, whole_T: torch.Tensor) -> torch.Tensor:
-        """The tokens of this context-parallel rank: consecutive ones, of the whole micro-batch end to end."""
-        return whole_T.chunk(self.context_group.size())[self.context_group.rank()]
-
     def _padding(self, batch: MMBatch) -> torch.Tensor:
         """Padding of the tokens whose hidden states this rank holds, bool [1, T]."""
-        mask_T = self._own_tokens(batch.padding_mask_T)
+        mask_T = self.stage.own_tokens(batch.padding_mask_T)
         if self.config.sequence_parallel:
             mask_T = mask_T.chunk(self.tensor_group.size())[self.tensor_group.rank()]
         return mask_T[None]
@@ -181,7 +181,7 @@ class MM15Model(MegatronModule):
         # Images first: parameters are gathered ahead in the order in which modules were registered.
         tokens_NPH = self.image_tokens(batch)
         text_T1H = self.language_model.embedding(input_ids=batch.tokens_T[None], position_ids=None)
-        merged_T1H = self._own_tokens(merge_image_tokens(text_T1H, tokens_NPH, batch.slots_NP))
+        merged_T1H = self.stage.own_tokens(merge_image_tokens(text_T1H, tokens_NPH, batch.slots_NP))
         if self.config.sequence_parallel:
             merged_T1H = scatter_to_sequence_parallel_region(merged_T1H, group=self.tensor_group)
         return merged_T1H

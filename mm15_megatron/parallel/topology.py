@@ -118,6 +118,10 @@ class ChunkStage:
         """Whether each tensor rank encodes a share of the tiles."""
         return self.topology.encoder_shares_tiles
 
+    def own_tokens(self, whole_T: torch.Tensor) -> torch.Tensor:
+        """Cut this context-parallel rank's tokens out of a tensor over the whole micro-batch."""
+        return self.topology.own_tokens(whole_T)
+
     @property
     def position(self) -> int:
         """Place in the forward pass, from 0."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from math import ceil, floor
+from types import MappingProxyType
 
 import pytest
 import torch
@@ -129,6 +131,31 @@ def randomise(module: nn.Module, generator: torch.Generator) -> None:
                 parameter.add_(1.0)
 
 
+def assert_same_module(
+    ours: nn.Module,
+    plain: nn.Module,
+    cfg: RunConfig,
+    generator: torch.Generator,
+    *,
+    plain_names: Mapping[str, str] = MappingProxyType({}),
+) -> None:
+    """Outputs, the gradient of the input and every parameter's gradient; names that differ are in ``plain_names``."""
+    features = torch.randn(2, cfg.vision.grid_size**2, cfg.vision.hidden_size, generator=generator)
+    inputs = [features.clone().requires_grad_() for _ in range(2)]
+    outputs = [module(x) for module, x in zip((ours, plain), inputs, strict=True)]
+    assert outputs[0].shape == (2, cfg.connector.num_tokens, cfg.language.hidden_size)
+    torch.testing.assert_close(*outputs, **FP32_REORDERED)
+
+    upstream = torch.randn(outputs[0].shape, generator=generator) / outputs[0].numel() ** 0.5
+    for output in outputs:
+        output.backward(upstream)
+    torch.testing.assert_close(inputs[0].grad, inputs[1].grad, **FP32_REORDERED)
+    expected = {name: parameter.grad for name, parameter in plain.named_parameters()}
+    for name, parameter in ours.named_parameters():
+        wanted = expected[plain_names.get(name, name)].view_as(parameter)
+        torch.testing.assert_close(parameter.grad, wanted, **FP32_REORDERED, msg=name)
+
+
 @pytest.mark.parametrize(
     "settings",
     [
@@ -145,19 +172,7 @@ def test_c_abstractor_equals_plain_convolutions(settings: dict, generator: torch
     shapes = {name: parameter.shape for name, parameter in plain.named_parameters()}
     plain.load_state_dict({name: p.detach().reshape(shapes[name]) for name, p in ours.named_parameters()})
 
-    features = torch.randn(2, cfg.vision.grid_size**2, cfg.vision.hidden_size, generator=generator)
-    inputs = [features.clone().requires_grad_() for _ in range(2)]
-    outputs = [module(x) for module, x in zip((ours, plain), inputs, strict=True)]
-    assert outputs[0].shape == (2, cfg.connector.num_tokens, cfg.language.hidden_size)
-    torch.testing.assert_close(*outputs, **FP32_REORDERED)
-
-    upstream = torch.randn(outputs[0].shape, generator=generator) / outputs[0].numel() ** 0.5
-    for output in outputs:
-        output.backward(upstream)
-    torch.testing.assert_close(inputs[0].grad, inputs[1].grad, **FP32_REORDERED)
-    expected = {name: parameter.grad for name, parameter in plain.named_parameters()}
-    for name, parameter in ours.named_parameters():
-        torch.testing.assert_close(parameter.grad, expected[name].view_as(parameter), **FP32_REORDERED, msg=name)
+    assert_same_module(ours, plain, cfg, generator)
 
 
 @pytest.mark.parametrize(("grid", "tokens"), [(24, 144), (16, 144), (27, 64)])
@@ -234,19 +249,7 @@ def test_attention_pooling_equals_torchs_attention(settings: dict, generator: to
     state = {PLAIN_NAMES.get(name, name): p.detach() for name, p in ours.named_parameters()}
     plain.load_state_dict(state | {"attention.out_proj.weight": plain.attention.out_proj.weight})
 
-    features = torch.randn(2, cfg.vision.grid_size**2, cfg.vision.hidden_size, generator=generator)
-    inputs = [features.clone().requires_grad_() for _ in range(2)]
-    outputs = [module(x) for module, x in zip((ours, plain), inputs, strict=True)]
-    assert outputs[0].shape == (2, cfg.connector.num_tokens, cfg.language.hidden_size)
-    torch.testing.assert_close(*outputs, **FP32_REORDERED)
-
-    upstream = torch.randn(outputs[0].shape, generator=generator) / outputs[0].numel() ** 0.5
-    for output in outputs:
-        output.backward(upstream)
-    torch.testing.assert_close(inputs[0].grad, inputs[1].grad, **FP32_REORDERED)
-    expected = {name: parameter.grad for name, parameter in plain.named_parameters()}
-    for name, parameter in ours.named_parameters():
-        torch.testing.assert_close(parameter.grad, expected[PLAIN_NAMES.get(name, name)], **FP32_REORDERED, msg=name)
+    assert_same_module(ours, plain, cfg, generator, plain_names=PLAIN_NAMES)
 
 
 def test_attention_pooling_sees_places_by_its_table_alone(generator: torch.Generator) -> None:

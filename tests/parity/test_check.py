@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 import os
 import subprocess
 import sys
-from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -19,9 +17,10 @@ from mm15_megatron.parity.layouts import default_layouts, parse_layouts
 from mm15_megatron.parity.trace import Prepare
 
 from ..helpers.layouts import change, debug_config
+from ..helpers.tools import TOOLS, load_tool
 from . import faults
 
-TOOL = Path(__file__).resolve().parents[2] / "tools" / "check_parity.py"
+TOOL = TOOLS / "check_parity.py"
 LAYER_3 = "gradient of language_model.decoder.layers.3.mlp."
 CAPACITY = {"moe_expert_capacity_factor": 0.8, "moe_capacity_group_size": 32}
 
@@ -121,12 +120,7 @@ def test_a_reference_that_diverges_is_refused() -> None:
 
 @pytest.fixture
 def tool() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("check_parity_tool", TOOL)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_tool("check_parity")
 
 
 def test_command_passes() -> None:

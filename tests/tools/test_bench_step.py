@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 from contextlib import ExitStack
-from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
@@ -14,22 +11,14 @@ from mm15_megatron.config.parse import apply_overrides
 from mm15_megatron.parity.ranks import run_on_ranks
 from mm15_megatron.presets import resolve
 
-TOOL = Path(__file__).resolve().parents[2] / "tools" / "bench_step.py"
+from ..helpers.tools import load_tool
+
 # AdamW's first step is the learning rate times a sign; sums in another order turn none of the compared ones.
 LEARNING_RATE, UPDATE_SHARE = 1e-3, 1e-3
 
 
-def load_tool() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("bench_step_tool", TOOL)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def parameters_after(loop: str) -> dict[str, torch.Tensor]:
-    tool = load_tool()
+    tool = load_tool("bench_step")
     cfg = apply_overrides(resolve("debug_dense"), ["optimizer.adam_eps=1e-5", f"optimizer.lr={LEARNING_RATE}"])
     with ExitStack() as stack:
         parts, batches = tool.build(cfg, stack)
@@ -50,7 +39,7 @@ def test_both_loops_take_the_same_step() -> None:
 
 
 def test_report_gives_the_ratio_of_pairs() -> None:
-    tool = load_tool()
+    tool = load_tool("bench_step")
     seconds = {"bare": [1.0, 2.0, 4.0], "ours": [1.1, 2.2, 4.4]}
     text, figures = tool.report(resolve("debug_dense"), seconds, command="bench")
     assert figures["ratio"] == pytest.approx(1.1)
