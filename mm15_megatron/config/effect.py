@@ -164,6 +164,31 @@ TABLE: tuple[Row, ...] = (
         lambda s: s.cfg.kernels.recompute_granularity != "full",
     ),
     Row(
+        "kernels.recompute_modules",
+        "only kernels.recompute_granularity = selective names modules",
+        lambda s: s.cfg.kernels.recompute_granularity != "selective",
+    ),
+    Row(
+        "kernels.moe_permute_fusion",
+        "the model is dense (moe.num_moe_experts = 0)",
+        lambda s: s.cfg.moe.num_moe_experts == 0,
+    ),
+    Row(
+        "precision.fp8_recipe precision.fp8_vision precision.first_last_layers_bf16",
+        "nothing computes in FP8 (precision.fp8 = null)",
+        lambda s: s.cfg.precision.fp8 is None,
+    ),
+    Row(
+        "precision.fp8_margin precision.fp8_amax_history_len precision.fp8_amax_compute_algo precision.fp8_wgrad",
+        "they belong to FP8 with precision.fp8_recipe = delayed",
+        lambda s: s.cfg.precision.fp8 is None or s.cfg.precision.fp8_recipe != "delayed",
+    ),
+    Row(
+        "precision.num_layers_at_start_in_bf16 precision.num_layers_at_end_in_bf16",
+        "no layer of an FP8 model is kept in bf16 (precision.first_last_layers_bf16)",
+        lambda s: s.cfg.precision.fp8 is None or not s.cfg.precision.first_last_layers_bf16,
+    ),
+    Row(
         "data.row_dealing",
         "one data-parallel rank takes every row, in order",
         lambda s: s.data_parallel == 1,

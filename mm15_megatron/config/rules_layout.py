@@ -1,4 +1,4 @@
-"""Rules of the layout: how the world, the tensors, the layers and the batch split, and what computes them."""
+"""Rules of the layout: how the world, the tensors, the layers and the batch split."""
 
 from __future__ import annotations
 
@@ -176,14 +176,6 @@ def _optimizer_overlap(config: RunConfig, world_size: int) -> None:
         )
 
 
-def _device_and_kernels(config: RunConfig, world_size: int) -> None:
-    if config.parallel.device == "cpu" and config.kernels.transformer_impl == "transformer_engine":
-        raise ConfigError(
-            "Transformer Engine layers do not run with parallel.device = 'cpu'",
-            fix="set kernels.transformer_impl=local",
-        )
-
-
 SPLIT_RULES: tuple[Rule, ...] = (_world_size, _tensor_split_of_decoder, _tensor_split_of_encoder)
 """What splits a model that only answers."""
 
@@ -195,5 +187,4 @@ LAYOUT_RULES: tuple[Rule, ...] = (
     _batch,
     _interleaving,
     _optimizer_overlap,
-    _device_and_kernels,
 )

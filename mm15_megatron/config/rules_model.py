@@ -56,13 +56,14 @@ _RANGES: dict[_Range, tuple[str, ...]] = {
         "parallel.virtual_pipeline_model_parallel_size parallel.num_layers_in_first_pipeline_stage",
         "parallel.distributed_timeout_minutes kernels.recompute_num_layers",
         "train.steps train.global_batch_size train.micro_batch_size train.validation_steps",
-        "schedule.decay_steps logging.log_interval",
+        "schedule.decay_steps logging.log_interval precision.fp8_amax_history_len",
     ),
     _AT_LEAST_0: (
         "language.z_loss_coeff moe.num_moe_experts moe.moe_aux_loss_coeff moe.moe_z_loss_coeff",
         "vision.position_grid_size data.num_workers tiling.max_split_images",
         "train.validation_interval train.threads_per_rank train.seed optimizer.weight_decay optimizer.clip_grad",
-        "schedule.warmup_steps checkpoint.save_interval checkpoint.keep",
+        "schedule.warmup_steps checkpoint.save_interval checkpoint.keep precision.fp8_margin",
+        "precision.num_layers_at_start_in_bf16 precision.num_layers_at_end_in_bf16",
     ),
     _POSITIVE: (
         "language.norm_epsilon language.rotary_base language.init_method_std moe.moe_expert_capacity_factor",

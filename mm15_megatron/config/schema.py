@@ -265,6 +265,12 @@ class ParallelConfig:
     )
     overlap_param_gather: bool = option(False, "gather parameters while the forward pass runs (distributed optimizer)")
     grad_reduce_in_fp32: bool = option(True, "accumulate and reduce gradients in fp32")
+    tp_comm_overlap: bool = option(
+        False, "overlap tensor-parallel collectives with matrix products (Transformer Engine; not measured)"
+    )
+    overlap_moe_expert_parallel_comm: bool = option(
+        False, "overlap the experts' all-to-all of one micro-batch with another's computation (not measured)"
+    )
     distributed_timeout_minutes: int = option(10, "a collective that waits longer ends the run")
 
 
@@ -278,15 +284,67 @@ class KernelConfig:
     params_dtype: str = option(
         "fp32", "dtype of parameters and activations; master weights are fp32", choices=("fp32", "bf16")
     )
+    norm_impl: str = option(
+        "backend",
+        "norms of local layers: backend = torch's; apex = its fused RMSNorm and LayerNorm",
+        choices=("backend", "apex"),
+    )
+    optimizer_impl: str | None = option(
+        None,
+        "AdamW kernel: torch, transformer_engine or apex; None = transformer_engine's with its layers, else torch's",
+        choices=(None, "torch", "transformer_engine", "apex"),
+    )
+    gradient_accumulation_fusion: bool = option(
+        False,
+        "add weight gradients to the gradient buffer inside their matrix product (Transformer Engine layers, or local "
+        "layers with apex)",
+    )
+    moe_permute_fusion: bool = option(False, "sort tokens by expert in one kernel (Transformer Engine)")
     recompute_granularity: str | None = option(
         None,
-        "activation recomputation in the decoder: None, selective (core attention) or full",
+        "activation recomputation in the decoder: None, selective (kernels.recompute_modules) or full",
         choices=(None, "selective", "full"),
+    )
+    recompute_modules: tuple[str, ...] = option(
+        ("core_attn",),
+        "what selective recomputes: core_attn, layernorm, mlp, moe (a whole sparse block), moe_act (grouped experts)",
     )
     recompute_num_layers: int = option(1, "layers of one recomputed chunk (full)")
     recompute_vision: bool = option(False, "recompute every encoder block")
     compile_fusions: bool = option(
-        False, "let megatron-core torch.compile its fused functions (not bitwise equal to eager)"
+        False, "torch.compile megatron-core's fused functions, RoPE and the loss (not bitwise equal to eager)"
+    )
+
+
+@dataclass(frozen=True)
+class PrecisionConfig:
+    """FP8 training through Transformer Engine; router, norms, connector, embeddings and output layer stay in bf16."""
+
+    fp8: str | None = option(
+        None,
+        "FP8 format of linear layers: None = bf16; hybrid = E4M3 forward, E5M2 gradients; e4m3 = E4M3 throughout",
+        choices=(None, "hybrid", "e4m3"),
+        flag="fp8-format",
+    )
+    fp8_recipe: str = option(
+        "tensorwise",
+        "scaling: tensorwise = current amax of a tensor; delayed = amax history; blockwise = 128 x 128 and 1 x 128 "
+        "blocks; mxfp8 = blocks of 32 (Blackwell only)",
+        choices=("tensorwise", "delayed", "blockwise", "mxfp8"),
+    )
+    fp8_margin: int = option(0, "delayed scaling: powers of two between the largest value and the format's maximum")
+    fp8_amax_history_len: int = option(1024, "delayed scaling: steps of amax that are remembered")
+    fp8_amax_compute_algo: str = option("max", "delayed scaling: amax of a history", choices=("max", "most_recent"))
+    fp8_wgrad: bool = option(True, "delayed scaling: weight gradients in FP8 too; false = in bf16")
+    fp8_param_gather: bool = option(
+        False, "keep weights of linear layers in FP8 and gather them so (distributed optimizer)"
+    )
+    fp8_vision: bool = option(False, "the encoder's linear layers in FP8 too; false = bf16")
+    first_last_layers_bf16: bool = option(False, "keep the first and the last decoder layers in bf16")
+    num_layers_at_start_in_bf16: int = option(1, "how many of the first (first_last_layers_bf16)")
+    num_layers_at_end_in_bf16: int = option(1, "how many of the last (first_last_layers_bf16)")
+    moe_router_padding_for_quantization: bool = option(
+        False, "send extra tokens with gate 0 to experts so that FP8 blocks are full; false = pad with zeros there"
     )
 
 
@@ -385,6 +443,7 @@ class RunConfig:
     tiling: TilingConfig = TilingConfig()
     parallel: ParallelConfig = ParallelConfig()
     kernels: KernelConfig = KernelConfig()
+    precision: PrecisionConfig = PrecisionConfig()
     train: TrainConfig = TrainConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()

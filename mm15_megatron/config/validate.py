@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from mm15_megatron.config.rule import Rule
 from mm15_megatron.config.rules_experts import EXPERT_RULES, EXPERT_SPLIT_RULES, expert_tensor_size
+from mm15_megatron.config.rules_kernels import KERNEL_RULES
 from mm15_megatron.config.rules_layout import (
     LAYOUT_RULES,
     SPLIT_RULES,
@@ -12,6 +13,7 @@ from mm15_megatron.config.rules_layout import (
     virtual_stages,
 )
 from mm15_megatron.config.rules_model import MODEL_RULES, NOT_TRAINED_INPUT, tiles_of_split_image
+from mm15_megatron.config.rules_precision import PRECISION_RULES
 from mm15_megatron.config.rules_training import LEFT_TO_THE_USER, NOT_TRAINED_RECIPES, TRAINING_RULES
 from mm15_megatron.config.schema import RunConfig
 
@@ -36,6 +38,8 @@ RULES: tuple[Rule, ...] = (
     *MODEL_RULES,
     *LAYOUT_RULES,
     *EXPERT_RULES,
+    *KERNEL_RULES,
+    *PRECISION_RULES,
     *TRAINING_RULES,
     *NOT_TRAINED_YET,
     *LEFT_TO_THE_USER,

@@ -1,19 +1,25 @@
 """The seam to Transformer Engine and apex: which classes compute a layer.
 
-``kernels.transformer_impl`` names the implementation. It is never chosen silently: a library that was asked for and
-cannot be imported is an error that carries the import error.
+``kernels`` names the implementations. None is ever chosen silently: a library that was asked for and cannot be used is
+an error that carries the reason.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from importlib import import_module
 
+import torch
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.moe.experts import SequentialMLP
 
-from mm15_megatron.errors import BackendError, ConfigError
+from mm15_megatron.config.schema import KernelConfig, PrecisionConfig
+from mm15_megatron.errors import BackendError
 from mm15_megatron.models.attention import LocalCoreAttention
 from mm15_megatron.models.norm import LocalNorm
+
+APEX_WGRAD = "fused_weight_gradient_mlp_cuda"
+"""apex's extension that adds weight gradients to a buffer inside their matrix product."""
 
 
 @dataclass(frozen=True)
@@ -43,30 +49,32 @@ class Backend:
     expert_row_linear: type
 
 
-def resolve_backend(name: str) -> Backend:
-    """Return the layer classes of ``kernels.transformer_impl``.
+def resolve_backend(kernels: KernelConfig) -> Backend:
+    """Return the layer classes that ``kernels`` names.
 
     Raises:
-        BackendError: if the library is not usable here; the message holds its import error.
-        ConfigError: if the name is not a known implementation.
+        BackendError: if a library is not usable here; the message holds the reason.
     """
-    if name == "local":
-        return Backend(
-            name="local",
-            norm=LocalNorm,
-            column_linear=ColumnParallelLinear,
-            row_linear=RowParallelLinear,
-            norm_column_linear=None,
-            core_attention=LocalCoreAttention,
-            experts=SequentialMLP,
-            expert_column_linear=ColumnParallelLinear,
-            expert_row_linear=RowParallelLinear,
-        )
-    if name == "transformer_engine":
+    if kernels.transformer_impl == "transformer_engine":
         return _transformer_engine()
-    raise ConfigError(
-        f"kernels.transformer_impl = {name!r} is not an implementation", fix="use local or transformer_engine"
+    local = Backend(
+        name="local",
+        norm=LocalNorm,
+        column_linear=ColumnParallelLinear,
+        row_linear=RowParallelLinear,
+        norm_column_linear=None,
+        core_attention=LocalCoreAttention,
+        experts=SequentialMLP,
+        expert_column_linear=ColumnParallelLinear,
+        expert_row_linear=RowParallelLinear,
     )
+    if kernels.gradient_accumulation_fusion and (problem := apex_problem(APEX_WGRAD)) is not None:
+        raise BackendError(
+            f"kernels.gradient_accumulation_fusion with local layers takes apex's kernel, which is not usable: {problem}",
+            fix="build apex with APEX_CUDA_EXT=1 (requirements-gpu.txt), use Transformer Engine layers, or set "
+            "kernels.gradient_accumulation_fusion=false",
+        )
+    return replace(local, norm=_apex_norm()) if kernels.norm_impl == "apex" else local
 
 
 def transformer_engine_problem() -> str | None:
@@ -79,6 +87,75 @@ def transformer_engine_problem() -> str | None:
     except (ImportError, RuntimeError, OSError) as error:
         return f"{type(error).__name__}: {error}"
     return None
+
+
+def apex_problem(module: str) -> str | None:
+    """Why a module of NVIDIA's apex (``apex.optimizers``, or a compiled extension) cannot be used, or None if it can.
+
+    The package called apex on the Python package index is an unrelated one; it fails here too.
+    """
+    try:
+        import_module("apex.normalization")
+        import_module(module)
+    except (ImportError, RuntimeError, OSError, AttributeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def fp8_problem(precision: PrecisionConfig) -> str | None:
+    """Why this device cannot compute in the recipe of ``precision``, or None if it can (or nothing is in FP8)."""
+    if precision.fp8 is None:
+        return None
+    problem = transformer_engine_problem()
+    if problem is not None:
+        return problem
+    if not torch.cuda.is_available():
+        return f"torch {torch.__version__} finds no CUDA device"
+    from transformer_engine.pytorch import quantization
+
+    supported, reason = {
+        "tensorwise": quantization.check_fp8_support,
+        "delayed": quantization.check_fp8_support,
+        "blockwise": quantization.check_fp8_block_scaling_support,
+        "mxfp8": quantization.check_mxfp8_support,
+    }[precision.fp8_recipe]()
+    return None if supported else reason
+
+
+def check_fp8(precision: PrecisionConfig) -> None:
+    """Refuse a recipe that this device does not have, before a model is built.
+
+    Raises:
+        BackendError: with Transformer Engine's reason.
+    """
+    problem = fp8_problem(precision)
+    if problem is not None:
+        raise BackendError(
+            f"precision.fp8_recipe = {precision.fp8_recipe} is not usable here: {problem}",
+            fix="choose another precision.fp8_recipe (mxfp8 needs Blackwell, the others Hopper or newer), or "
+            "precision.fp8=null",
+        )
+
+
+def _apex_norm() -> type[LocalNorm]:
+    problem = apex_problem("fused_layer_norm_cuda")
+    if problem is not None:
+        raise BackendError(
+            f"kernels.norm_impl = apex, but apex's fused norms are not usable here: {problem}",
+            fix="build apex with APEX_CUDA_EXT=1 (requirements-gpu.txt), or set kernels.norm_impl=backend",
+        )
+    from apex.normalization.fused_layer_norm import fused_layer_norm_affine, fused_rms_norm_affine
+
+    class ApexNorm(LocalNorm):
+        """LocalNorm in one kernel."""
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            """Normalise ``x`` [..., hidden_size]; the result has the dtype of ``x``."""
+            if self.is_rms:
+                return fused_rms_norm_affine(x, self.weight, self.shape, self.eps)
+            return fused_layer_norm_affine(x, self.weight, self.bias, self.shape, self.eps)
+
+    return ApexNorm
 
 
 def _transformer_engine() -> Backend:

@@ -9,7 +9,7 @@ from torch.distributed import ProcessGroup
 
 from mm15_megatron.config.schema import RunConfig
 from mm15_megatron.errors import BackendError
-from mm15_megatron.models.backend import resolve_backend
+from mm15_megatron.models.backend import check_fp8, resolve_backend
 from mm15_megatron.models.global_parameters import global_parameters
 from mm15_megatron.models.initialise import initialise
 from mm15_megatron.models.mm_model import MM15Model, Stage
@@ -22,7 +22,8 @@ def build_model(cfg: RunConfig, *, stage: Stage) -> MM15Model:
         ConfigError: if the configuration asks for a model this version cannot build.
         BackendError: if the layer implementation is not usable here.
     """
-    model = MM15Model(cfg, backend=resolve_backend(cfg.kernels.transformer_impl), stage=stage)
+    check_fp8(cfg.precision)
+    model = MM15Model(cfg, backend=resolve_backend(cfg.kernels), stage=stage)
     initialise([model], cfg)
     return model
 

@@ -37,12 +37,41 @@ def _shared(cfg: RunConfig) -> dict[str, Any]:
         "output_layer_init_method": leave_uninitialised,
         # Loss normalisation is ours: sums and counts are reduced over the whole global batch.
         "calculate_per_token_loss": True,
-        "gradient_accumulation_fusion": False,
+        "gradient_accumulation_fusion": cfg.kernels.gradient_accumulation_fusion,
         "masked_softmax_fusion": False,
         "bias_dropout_fusion": cfg.kernels.compile_fusions,
         "use_cpu_initialization": False,
         # gloo reads a tensor after the call that sends it; on CUDA the copy is queued before the memory is given back.
         "deallocate_pipeline_outputs": cfg.parallel.device == "cuda",
+    }
+
+
+def _fp8(cfg: RunConfig) -> dict[str, Any]:
+    """Settings of FP8 layers; everything outside a transformer block (connector, embedding, output) has none."""
+    precision = cfg.precision
+    if precision.fp8 is None:
+        return {}
+    return {
+        "fp8": precision.fp8,
+        "fp8_recipe": precision.fp8_recipe,
+        "fp8_param": precision.fp8_param_gather,
+        "fp8_margin": precision.fp8_margin,
+        "fp8_amax_history_len": precision.fp8_amax_history_len,
+        "fp8_amax_compute_algo": precision.fp8_amax_compute_algo,
+        "fp8_wgrad": precision.fp8_wgrad,
+    }
+
+
+def _fp8_decoder(cfg: RunConfig) -> dict[str, Any]:
+    precision = cfg.precision
+    if precision.fp8 is None:
+        return {}
+    return {
+        **_fp8(cfg),
+        "first_last_layers_bf16": precision.first_last_layers_bf16,
+        "num_layers_at_start_in_bf16": precision.num_layers_at_start_in_bf16,
+        "num_layers_at_end_in_bf16": precision.num_layers_at_end_in_bf16,
+        "moe_router_padding_for_quantization": precision.moe_router_padding_for_quantization,
     }
 
 
@@ -60,6 +89,7 @@ def _experts(cfg: RunConfig) -> dict[str, Any]:
         "moe_router_load_balancing_type": "none",
         "moe_router_dtype": "fp32",
         "moe_token_dispatcher_type": "alltoall",
+        "moe_permute_fusion": cfg.kernels.moe_permute_fusion,
         "moe_grouped_gemm": cfg.kernels.transformer_impl == "transformer_engine",
         "expert_model_parallel_size": parallel.expert_model_parallel_size,
         "expert_tensor_parallel_size": parallel.expert_tensor_parallel_size,
@@ -106,9 +136,11 @@ def language_transformer_config(cfg: RunConfig) -> TransformerConfig:
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         sequence_parallel=parallel.sequence_parallel,
         recompute_granularity=kernels.recompute_granularity,
+        recompute_modules=list(kernels.recompute_modules),
         recompute_method="uniform" if full else None,
         recompute_num_layers=kernels.recompute_num_layers if full else None,
         **_experts(cfg),
+        **_fp8_decoder(cfg),
         **_pipeline(cfg),
         **_shared(cfg),
     )
@@ -142,5 +174,6 @@ def vision_transformer_config(cfg: RunConfig) -> TransformerConfig:
         recompute_granularity="full" if recompute else None,
         recompute_method="uniform" if recompute else None,
         recompute_num_layers=1 if recompute else None,
+        **(_fp8(cfg) if cfg.precision.fp8_vision else {}),
         **_shared(cfg),
     )

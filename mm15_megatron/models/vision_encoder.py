@@ -14,8 +14,10 @@ from megatron.core.transformer.transformer_block import TransformerBlock
 from torch import nn
 from torch.nn import functional as F
 
+from mm15_megatron.config.rules_precision import fp8_alignment
 from mm15_megatron.config.schema import RunConfig
 from mm15_megatron.errors import ConfigError
+from mm15_megatron.models.attention import packed_rows
 from mm15_megatron.models.backend import Backend
 from mm15_megatron.models.layer_specs import block_spec, dense_layer_spec
 from mm15_megatron.models.transformer_config import vision_transformer_config
@@ -147,6 +149,8 @@ class VisionEncoder(MegatronModule):
         self.position_embedding = nn.Parameter(torch.zeros(table_shape, **placement)) if learned else None
         self.normalises_patches = vision.pre_layernorm == "patches"
         self.pre_layernorm = backend.norm(config, width, config.layernorm_epsilon)
+        fp8 = cfg.precision.fp8 is not None and cfg.precision.fp8_vision
+        self.row_multiple = fp8_alignment(cfg.precision.fp8_recipe) if fp8 else None
         self.blocks = TransformerBlock(
             config=config,
             spec=block_spec(backend, [dense_layer_spec(backend, mask=AttnMaskType.no_mask)] * config.num_layers),
@@ -174,8 +178,26 @@ class VisionEncoder(MegatronModule):
         x_SND = x_SND + self._positions(tiles_N3HW.shape[-1] // self.patch_size, like=x_SND)[:, None]
         if not self.normalises_patches:
             x_SND = self.pre_layernorm(x_SND)
-        x_SND = self.blocks(x_SND, attention_mask=None)
+        if self.row_multiple is None:
+            x_SND = self.blocks(x_SND, attention_mask=None)
+        else:
+            x_SND = self._in_one_row(x_SND, multiple=self.row_multiple)
         return x_SND[self.prefix_tokens :].transpose(0, 1)
+
+    def _in_one_row(self, x_SND: torch.Tensor, *, multiple: int) -> torch.Tensor:
+        """Run the blocks on all tiles end to end, padded to a multiple of tokens: a tile has 729 or 730, and FP8
+        quantises 16 or 32 rows at a time. The padding is a segment of its own, so no tile sees it.
+        """
+        tokens, tiles, _ = x_SND.shape
+        length = tokens * tiles
+        padding = -length % multiple
+        bounds = torch.arange(0, length + 1, tokens, dtype=torch.int32, device=x_SND.device)
+        if padding:
+            bounds = F.pad(bounds, (0, 1), value=length + padding)
+        row_T1D = F.pad(x_SND.transpose(0, 1).flatten(0, 1), (0, 0, 0, padding))[:, None]
+        rows = packed_rows(bounds, max_segment=max(tokens, padding), rotary=None)
+        row_T1D = self.blocks(row_T1D, attention_mask=None, packed_seq_params=rows)
+        return row_T1D[:length, 0].unflatten(0, (tiles, tokens)).transpose(0, 1)
 
     def _positions(self, grid: int, *, like: torch.Tensor) -> torch.Tensor:
         """Return what is added to the tokens of a tile of ``grid`` x ``grid`` patches, [S, D], dtype as ``like``."""

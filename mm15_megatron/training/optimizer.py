@@ -14,6 +14,7 @@ from mm15_megatron.accounting import resolved_learning_rate
 from mm15_megatron.config.schema import RunConfig
 from mm15_megatron.errors import ConfigError
 from mm15_megatron.models.mm_model import MM15Model
+from mm15_megatron.training.precision import chosen_adam, use_fused_kernel
 
 
 def wrap_chunks(cfg: RunConfig, chunks: Sequence[MM15Model]) -> list[DistributedDataParallel]:
@@ -25,6 +26,8 @@ def wrap_chunks(cfg: RunConfig, chunks: Sequence[MM15Model]) -> list[Distributed
         overlap_param_gather=parallel.overlap_param_gather,
         use_distributed_optimizer=parallel.use_distributed_optimizer,
         bucket_size=parallel.ddp_bucket_size,
+        fp8_param_gather=cfg.precision.fp8_param_gather,
+        reuse_grad_buf_for_mxfp8_param_ag=_shares_buffer(cfg),
         check_for_nan_in_grad=False,  # a non-finite norm skips the step instead of ending the run
     )
     wrapped = [
@@ -66,6 +69,7 @@ def build_optimizer(cfg: RunConfig, chunks: Sequence[DistributedDataParallel]) -
 
     Raises:
         ConfigError: if the optimizer is one this version cannot build.
+        BackendError: if its kernel is not usable here.
     """
     settings = cfg.optimizer
     if settings.name != "adamw":
@@ -88,10 +92,21 @@ def build_optimizer(cfg: RunConfig, chunks: Sequence[DistributedDataParallel]) -
         params_dtype=torch.bfloat16 if bf16 else torch.float32,
         use_distributed_optimizer=cfg.parallel.use_distributed_optimizer,
         overlap_param_gather=cfg.parallel.overlap_param_gather,
+        fp8_recipe=cfg.precision.fp8_recipe if cfg.precision.fp8 else None,
+        reuse_grad_buf_for_mxfp8_param_ag=_shares_buffer(cfg),
     )
-    return get_megatron_optimizer(
-        config, list(chunks), config_overrides=_overrides(cfg, rates), use_gloo_process_groups=True
-    )
+    with chosen_adam(cfg.kernels):
+        optimizer = get_megatron_optimizer(
+            config, list(chunks), config_overrides=_overrides(cfg, rates), use_gloo_process_groups=True
+        )
+    for part in optimizer.chained_optimizers:
+        use_fused_kernel(part.optimizer)
+    return optimizer
+
+
+def _shares_buffer(cfg: RunConfig) -> bool:
+    """Whether gathered parameters pass through the gradient buffer: mxfp8 weights have no buffer to be gathered into."""
+    return cfg.precision.fp8_param_gather and cfg.precision.fp8_recipe == "mxfp8"
 
 
 def _overrides(cfg: RunConfig, rates: dict[str, float]) -> dict[ParamKey, ParamGroupOverride]:

@@ -25,6 +25,7 @@ DYNAMIC, STATIC = "tiling.mode=dynamic", "tiling.mode=static"
 CONSTANT = "schedule.decay=constant"
 ADAFACTOR = "optimizer.name=adafactor"
 BF16 = "kernels.params_dtype=bf16"
+FP8, DELAYED = "precision.fp8=hybrid", "precision.fp8_recipe=delayed"
 FULL = "kernels.recompute_granularity=full"
 OVERLAP = "parallel.overlap_grad_reduce=true"
 TP2 = "parallel.tensor_model_parallel_size=2"
@@ -66,6 +67,17 @@ CASES = [
     ("parallel.ddp_bucket_size=1000", [], 2, [OVERLAP], 2),
     ("parallel.grad_reduce_in_fp32=false", [], 2, [BF16], 2),
     ("kernels.recompute_num_layers=2", ["kernels.recompute_granularity=selective"], 1, [FULL], 1),
+    ("kernels.recompute_modules=[mlp]", [FULL], 1, ["kernels.recompute_granularity=selective"], 1),
+    ("kernels.moe_permute_fusion=true", [], 1, [MOE], 1),
+    ("precision.fp8_recipe=delayed", [], 1, [FP8], 1),
+    ("precision.fp8_vision=true", [], 1, [FP8], 1),
+    ("precision.first_last_layers_bf16=true", [], 1, [FP8], 1),
+    ("precision.fp8_margin=1", [FP8], 1, [FP8, DELAYED], 1),
+    ("precision.fp8_amax_history_len=16", [FP8], 1, [FP8, DELAYED], 1),
+    ("precision.fp8_amax_compute_algo=most_recent", [FP8], 1, [FP8, DELAYED], 1),
+    ("precision.fp8_wgrad=false", [DELAYED], 1, [FP8, DELAYED], 1),
+    ("precision.num_layers_at_start_in_bf16=2", [FP8], 1, [FP8, "precision.first_last_layers_bf16=true"], 1),
+    ("precision.num_layers_at_end_in_bf16=2", [FP8], 1, [FP8, "precision.first_last_layers_bf16=true"], 1),
     ("data.row_dealing=round_robin", [TP2], 2, [], 2),
     ("data.prefetch_factor=4", ["data.num_workers=0"], 1, [], 1),
     ("data.validation_sources=[{prefix: a}]", [], 1, ["train.validation_interval=5"], 1),

@@ -29,6 +29,10 @@ MOE = "moe.num_moe_experts=4"
 CP2 = "parallel.context_parallel_size=2"
 EP2 = "parallel.expert_model_parallel_size=2"
 
+TE = ["parallel.device=cuda", "kernels.transformer_impl=transformer_engine", "kernels.params_dtype=bf16"]
+FP8 = [*TE, "precision.fp8=hybrid"]
+SELECTIVE = "kernels.recompute_granularity=selective"
+
 CASES = [
     ("_ranges", 1, ["train.steps=0"], "train.steps = 0 is out of range"),
     ("_ranges", 1, ["optimizer.lr=0"], "give a value > 0"),
@@ -152,7 +156,6 @@ CASES = [
         ["freeze.vision=true", "freeze.connector=true", "freeze.language=true"],
         "nothing to train",
     ),
-    ("_device_and_kernels", 1, ["kernels.transformer_impl=transformer_engine"], "set kernels.transformer_impl=local"),
     ("_sources", 1, ["data.sources=[{weight: 1}]"], r"data.sources\[0\] has prefix ''"),
     ("_sources", 1, ["data.validation_sources=[{prefix: a, weight: 0}]"], "weight 0.0"),
     ("_sources", 1, ["train.validation_interval=5"], "there is no data.validation_sources"),
@@ -162,6 +165,86 @@ CASES = [
         [TP2, CP2],
         "language.num_query_groups = 2 is not divisible by parallel.tensor_model_parallel_size 2 x parallel.context",
     ),
+    ("_needs_cuda", 1, ["kernels.transformer_impl=transformer_engine"], "transformer_impl = transformer_engine has no"),
+    ("_needs_cuda", 1, ["kernels.norm_impl=apex"], "kernels.norm_impl = apex has no kernel"),
+    ("_needs_cuda", 1, ["kernels.optimizer_impl=apex"], "kernels.optimizer_impl = apex has no kernel"),
+    ("_needs_cuda", 1, ["kernels.gradient_accumulation_fusion=true"], "leave kernels.gradient_accumulation_fusion at"),
+    (
+        "_needs_transformer_engine",
+        1,
+        ["parallel.device=cuda", "kernels.moe_permute_fusion=true"],
+        "needs Transformer Engine's kernel, and kernels.transformer_impl = local",
+    ),
+    ("_needs_transformer_engine", 1, [*TE, "kernels.norm_impl=apex"], "hold norms of their own"),
+    ("_recomputation", 1, ["kernels.recompute_modules=[attention]"], r"unknown modules \['attention'\]"),
+    ("_recomputation", 1, [SELECTIVE, "kernels.recompute_modules=[]"], "nothing to recompute"),
+    ("_recomputation", 1, [SELECTIVE, MOE, "kernels.recompute_modules=[moe_act]"], "recompute moe instead"),
+    ("_recomputation", 1, [SELECTIVE, "kernels.recompute_modules=[moe]"], "the model has no experts"),
+    ("_recomputation", 1, [*TE, SELECTIVE, MOE, "kernels.recompute_modules=[moe, moe_act]"], "keep one of them"),
+    ("_fp8_needs", 1, ["precision.fp8=hybrid"], "needs Transformer Engine on a GPU, found parallel.device = cpu"),
+    ("_fp8_needs", 1, ["precision.fp8=e4m3", "parallel.device=cuda"], "kernels.transformer_impl = local"),
+    ("_fp8_needs", 1, [*FP8[:2], "precision.fp8=hybrid"], "quantises bf16 layers"),
+    (
+        "_fp8_first_and_last_layers",
+        1,
+        [*FP8, "precision.first_last_layers_bf16=true", "precision.fp8_recipe=delayed"],
+        "its amax reduction covers all layers at once",
+    ),
+    (
+        "_fp8_first_and_last_layers",
+        2,
+        [*FP8, PP2, "precision.first_last_layers_bf16=true", "precision.num_layers_at_end_in_bf16=3"],
+        r"keep each at most 2 \(the layers of a stage\)",
+    ),
+    (
+        "_fp8_first_and_last_layers",
+        1,
+        [
+            *FP8,
+            "precision.first_last_layers_bf16=true",
+            "precision.num_layers_at_start_in_bf16=2",
+            "precision.num_layers_at_end_in_bf16=3",
+        ],
+        "both together at most 4",
+    ),
+    ("_fp8_parameter_gather", 1, ["precision.fp8_param_gather=true"], "precision.fp8 is null"),
+    (
+        "_fp8_parameter_gather",
+        1,
+        [*FP8, "precision.fp8_param_gather=true"],
+        "parallel.use_distributed_optimizer = False and optimizer.name = adamw",
+    ),
+    (
+        "_fp8_parameter_gather",
+        1,
+        [
+            *FP8,
+            "precision.fp8_param_gather=true",
+            "parallel.use_distributed_optimizer=true",
+            "optimizer.name=adafactor",
+        ],
+        "optimizer.name = adafactor",
+    ),
+    ("_fp8_experts", 1, [*FP8, "precision.moe_router_padding_for_quantization=true"], "moe.num_moe_experts = 0"),
+    ("_fp8_experts", 1, [MOE, "precision.moe_router_padding_for_quantization=true"], "precision.fp8 = None"),
+    (
+        "_fp8_recomputation",
+        1,
+        [*FP8, SELECTIVE, "precision.fp8_recipe=delayed", "kernels.recompute_modules=[layernorm, mlp]"],
+        "holds layernorm, and precision.fp8_recipe = delayed",
+    ),
+    ("_fp8_tokens", 1, [*FP8, "data.seq_length=84"], "data.seq_length x train.micro_batch_size = 168 is not divisible"),
+    ("_fp8_tokens", 1, [*FP8, "data.seq_length=72", "precision.fp8_recipe=mxfp8"], "= 144 is not divisible"),
+    ("_fp8_tokens", 2, [*FP8, CP2, "data.seq_length=72"], "context_parallel_size 2 x 16"),
+    (
+        "_fp8_tokens",
+        2,
+        [*FP8, TP2, "parallel.sequence_parallel=true", "data.seq_length=64", "precision.fp8_recipe=blockwise"],
+        "tensor_model_parallel_size 2 x 128",
+    ),
+    ("_fp8_widths", 1, [*FP8, "language.hidden_size=40"], "language.hidden_size = 40 is not divisible by 1 ranks x 16"),
+    ("_fp8_widths", 2, [*FP8, TP2, "language.ffn_hidden_size=80"], "language.ffn_hidden_size = 80"),
+    ("_fp8_widths", 1, [*FP8, "vision.ffn_hidden_size=72", "precision.fp8_vision=true"], "vision.ffn_hidden_size = 72"),
     ("_context_parallel", 2, [CP2, "data.seq_length=127", "train.micro_batch_size=1"], "= 127 is not divisible"),
     ("_no_adafactor", 1, ["optimizer.name=adafactor"], "set optimizer.name=adamw"),
     ("_no_tile_indicator", 1, ["tiling.indicator=index"], "tiling.indicator = 'index' can be printed"),
@@ -224,6 +307,14 @@ def test_every_rule_has_a_case():
         (1, ["optimizer.lr=null"]),
         (1, ["kernels.recompute_granularity=full", "kernels.recompute_num_layers=2"]),
         (1, ["data.validation_sources=[{prefix: a}]", "train.validation_interval=5"]),
+        (1, [SELECTIVE, "kernels.recompute_modules=[mlp, layernorm]"]),
+        (1, [SELECTIVE, MOE, "kernels.recompute_modules=[core_attn, moe]"]),
+        (1, ["parallel.device=cuda", "kernels.norm_impl=apex", "kernels.gradient_accumulation_fusion=true"]),
+        (1, [*TE, MOE, SELECTIVE, "kernels.recompute_modules=[moe_act]", "kernels.moe_permute_fusion=true"]),
+        (1, [*FP8, "precision.first_last_layers_bf16=true"]),
+        (1, [*FP8, "precision.fp8_vision=true", "precision.fp8_recipe=delayed"]),
+        (2, [*FP8, "precision.fp8_param_gather=true", "parallel.use_distributed_optimizer=true"]),
+        (1, [*FP8, MOE, "precision.moe_router_padding_for_quantization=true", "precision.fp8_recipe=blockwise"]),
     ],
 )
 def test_layouts_that_pass(world, overrides):

@@ -34,7 +34,7 @@ AIM = replace(
 
 def build(vision: VisionConfig, topology: Topology, dtype: str = "fp32") -> VisionEncoder:
     cfg = RunConfig(vision=vision, kernels=KernelConfig(params_dtype=dtype))
-    return VisionEncoder(cfg, backend=resolve_backend("local"), groups=topology.encoder_groups)
+    return VisionEncoder(cfg, backend=resolve_backend(cfg.kernels), groups=topology.encoder_groups)
 
 
 def positions_by_hand(grid: int, width: int) -> torch.Tensor:

@@ -9,8 +9,7 @@ import torch
 
 from mm15_megatron.batch import MMBatch
 from mm15_megatron.config.schema import RunConfig
-from mm15_megatron.errors import BackendError, ConfigError, DataError
-from mm15_megatron.models.backend import resolve_backend, transformer_engine_problem
+from mm15_megatron.errors import DataError
 from mm15_megatron.models.build import build_model
 from mm15_megatron.models.global_parameters import global_parameters
 from mm15_megatron.models.image_merge import merge_image_tokens
@@ -134,15 +133,3 @@ def test_missing_fields_are_named(model: MM15Model, cfg: RunConfig) -> None:
         model(dataclasses.replace(batch, tiles_N3HW=None))
     with pytest.raises(DataError, match="tokens"):
         model(dataclasses.replace(batch, tokens_T=None))
-
-
-def test_transformer_engine_is_never_replaced_silently() -> None:
-    """Where Transformer Engine is absent the request fails with its import error; an unknown name is a ConfigError."""
-    problem = transformer_engine_problem()
-    if problem is None:
-        assert resolve_backend("transformer_engine").norm_column_linear is not None
-    else:
-        with pytest.raises(BackendError, match=r"transformer_engine.*does not import.*Error"):
-            resolve_backend("transformer_engine")
-    with pytest.raises(ConfigError, match="local or transformer_engine"):
-        resolve_backend("flash")

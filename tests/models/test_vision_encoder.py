@@ -31,7 +31,7 @@ def vision(**changes: object) -> VisionConfig:
 
 def build(config: VisionConfig, topology: Topology, **kernels: object) -> VisionEncoder:
     cfg = RunConfig(vision=config, kernels=KernelConfig(**kernels))
-    return VisionEncoder(cfg, backend=resolve_backend("local"), groups=topology.encoder_groups)
+    return VisionEncoder(cfg, backend=resolve_backend(cfg.kernels), groups=topology.encoder_groups)
 
 
 def clip_model(config: VisionConfig) -> CLIPVisionModel:
@@ -288,3 +288,28 @@ def test_tiles_must_be_whole_patches(one_rank: Topology) -> None:
 def test_a_table_of_another_grid_is_refused() -> None:
     with pytest.raises(ConfigError, match="a position table of 257 rows is not a grid of 24 x 24 patches"):
         interpolate_positions(torch.zeros(257, 8), source_grid=24, target_grid=27, prefix_tokens=1)
+
+
+@pytest.mark.parametrize(("tiles", "multiple"), [(1, 16), (3, 16), (3, 32), (4, 8)])
+def test_tiles_in_one_padded_row_are_the_same_tiles(
+    one_rank: Topology, generator: torch.Generator, tiles: int, multiple: int
+) -> None:
+    """FP8 lays the tiles end to end and pads to a multiple of tokens: outputs and gradients stay those of a batch."""
+    encoder = build(vision(), one_rank)
+    randomise(encoder, generator)
+    pixels = torch.randn(tiles, 3, 42, 42, generator=generator)
+    results = []
+    for encoder.row_multiple in (None, multiple):
+        encoder.zero_grad(set_to_none=True)
+        features = encoder(pixels)
+        features.square().mean().backward()
+        results.append((features.detach(), [p.grad for p in encoder.parameters()]))
+    (batched, batched_grads), (in_row, row_grads) = results
+    assert in_row.shape == batched.shape
+    assert torch.allclose(in_row, batched, **FP32_REORDERED)
+    for ours, reference in zip(row_grads, batched_grads, strict=True):
+        assert torch.allclose(ours, reference, **FP32_REORDERED)
+
+
+def test_the_padded_row_is_built_for_fp8_alone(one_rank: Topology) -> None:
+    assert build(vision(), one_rank).row_multiple is None

@@ -1,0 +1,74 @@
+"""Rules of the kernels: which library computes what, and what is recomputed."""
+
+from __future__ import annotations
+
+from mm15_megatron.config.rule import Rule
+from mm15_megatron.config.schema import RunConfig
+from mm15_megatron.errors import ConfigError
+
+RECOMPUTED = ("core_attn", "layernorm", "mlp", "moe", "moe_act")
+"""What selective recomputation knows (megatron-core's names)."""
+
+
+def _needs_cuda(config: RunConfig, world_size: int) -> None:
+    kernels = config.kernels
+    if config.parallel.device == "cuda":
+        return
+    for name, value, on_cpu in (
+        ("transformer_impl", kernels.transformer_impl, kernels.transformer_impl == "local"),
+        ("norm_impl", kernels.norm_impl, kernels.norm_impl == "backend"),
+        ("optimizer_impl", kernels.optimizer_impl, kernels.optimizer_impl in (None, "torch")),
+        ("gradient_accumulation_fusion", kernels.gradient_accumulation_fusion, False),
+    ):
+        if value and not on_cpu:
+            raise ConfigError(
+                f"kernels.{name} = {value} has no kernel for parallel.device = {config.parallel.device!r}",
+                fix=f"leave kernels.{name} at its default, or set parallel.device=cuda",
+            )
+
+
+def _needs_transformer_engine(config: RunConfig, world_size: int) -> None:
+    kernels = config.kernels
+    if kernels.moe_permute_fusion and kernels.transformer_impl != "transformer_engine":
+        raise ConfigError(
+            "kernels.moe_permute_fusion = True needs Transformer Engine's kernel, and "
+            f"kernels.transformer_impl = {kernels.transformer_impl}",
+            fix="set kernels.transformer_impl=transformer_engine, or kernels.moe_permute_fusion=false",
+        )
+    if kernels.norm_impl == "apex" and kernels.transformer_impl == "transformer_engine":
+        raise ConfigError(
+            "kernels.norm_impl = apex, but Transformer Engine layers hold norms of their own",
+            fix="set kernels.norm_impl=backend, or kernels.transformer_impl=local",
+        )
+
+
+def _recomputation(config: RunConfig, world_size: int) -> None:
+    kernels = config.kernels
+    unknown = [name for name in kernels.recompute_modules if name not in RECOMPUTED]
+    if unknown or (kernels.recompute_granularity == "selective" and not kernels.recompute_modules):
+        raise ConfigError(
+            f"kernels.recompute_modules = {list(kernels.recompute_modules)} names "
+            + (f"unknown modules {unknown}" if unknown else "nothing to recompute"),
+            fix="choose from " + ", ".join(RECOMPUTED),
+        )
+    if kernels.recompute_granularity != "selective":
+        return
+    if "moe_act" in kernels.recompute_modules and kernels.transformer_impl != "transformer_engine":
+        raise ConfigError(
+            "kernels.recompute_modules holds moe_act, which only Transformer Engine's grouped experts have",
+            fix="recompute moe instead, or set kernels.transformer_impl=transformer_engine",
+        )
+    sparse = [name for name in kernels.recompute_modules if name in ("moe", "moe_act")]
+    if sparse and not config.moe.num_moe_experts:
+        raise ConfigError(
+            f"kernels.recompute_modules holds {', '.join(sparse)}, but the model has no experts",
+            fix="recompute mlp instead",
+        )
+    if {"moe", "moe_act"} <= set(kernels.recompute_modules):
+        raise ConfigError(
+            "kernels.recompute_modules holds moe and moe_act: the second is part of the first",
+            fix="keep one of them",
+        )
+
+
+KERNEL_RULES: tuple[Rule, ...] = (_needs_cuda, _needs_transformer_engine, _recomputation)
