@@ -4,6 +4,7 @@
     optimizer.<name>.master       fp32 master weight of a trained parameter
     optimizer.<name>.exp_avg      AdamW's first moment, fp32
     optimizer.<name>.exp_avg_sq   AdamW's second moment, fp32
+    fp8.<name>.scale, .history    delayed scaling of FP8 layers alone (``models/fp8_state.py``)
 
 and one number for the whole optimizer, its step count. Names and whole shapes do not depend on the layout, the
 optimizer class or the dtype (``models/global_parameters.py``), so any layout reads what any other wrote. The master
@@ -30,10 +31,11 @@ from mm15_megatron.checkpoint.optimizer_state import (
     set_step,
     whole_states,
 )
+from mm15_megatron.models.fp8_state import AmaxState, amax_states, open_tables, plain
 from mm15_megatron.models.global_parameters import GlobalParameter, global_parameters
 from mm15_megatron.parallel.topology import Topology
 
-OPTIMIZER_PREFIX = "optimizer."
+OPTIMIZER_PREFIX, FP8_PREFIX = "optimizer.", "fp8."
 
 
 @dataclass(frozen=True)
@@ -88,10 +90,14 @@ def state_to_save(
     tensors = {}
     for item in mine.values():
         key = model_key(item.name)
-        tensors[key] = _sharded(item, key, item.parameter.detach())
+        tensors[key] = _sharded(item, key, plain(item.parameter))
     for parameter, kind, whole in whole_states(optimizer, wanted=mine):
         key = optimizer_key(mine[parameter].name, kind)
         tensors[key] = _sharded(mine[parameter], key, whole)
+    for state in amax_states(unwrapped(chunks)):
+        if state.weight.is_first_replica:
+            for key, tensor in _amax_tensors(state).items():
+                tensors[key] = ShardedTensor.from_rank_offsets(key, tensor.contiguous(), replica_id=0)
     return StateToSave(tensors, get_step(optimizer, device=topology.device))
 
 
@@ -132,6 +138,41 @@ def training_to_load(
         publish_masters(optimizer, chunks)
 
     return StateToLoad(tensors, restore)
+
+
+def amax_to_load(chunks: Sequence[nn.Module], stored: Mapping[str, tuple[int, ...]]) -> StateToLoad:
+    """Request the delayed scaling that is stored for this rank's FP8 layers.
+
+    A layer without any (the checkpoint was written in bf16 or with another recipe) starts with an empty history. The
+    length of the histories may differ.
+
+    Args:
+        chunks: this rank's model chunks.
+        stored: key and shape of every stored tensor.
+    """
+    models = unwrapped(chunks)
+    if any(key.startswith(FP8_PREFIX) for key in stored):
+        open_tables(models)
+    states = [state for state in amax_states(models) if stored.keys() >= _amax_tensors(state).keys()]
+    tensors = {}
+    for key in (key for state in states for key in _amax_tensors(state)):
+        empty = torch.empty(stored[key], dtype=torch.float32, device="meta")
+        tensors[key] = ShardedTensor.from_rank_offsets(key, empty, replica_id=0).without_data()
+
+    @torch.no_grad()
+    def restore(loaded: Mapping[str, torch.Tensor]) -> None:
+        for state in states:
+            scale, history = (loaded[key] for key in _amax_tensors(state))
+            state.write(scale_N=scale, history_LN=history)
+
+    return StateToLoad(tensors, restore)
+
+
+def _amax_tensors(state: AmaxState) -> dict[str, torch.Tensor]:
+    return {
+        f"{FP8_PREFIX}{state.name}.scale": state.scale_N,
+        f"{FP8_PREFIX}{state.name}.history": state.history_LN,
+    }
 
 
 def expected_shapes(chunks: Sequence[nn.Module], *, with_optimizer: bool) -> dict[str, tuple[int, ...]]:

@@ -205,9 +205,13 @@ def load_training(
     """
     check_same_model(checkpoint, cfg)
     tensors = checkpoint.folder / _TENSORS
-    torch_dist.check_contents(tensors, schema.expected_shapes(chunks, with_optimizer=True))
+    expected = schema.expected_shapes(chunks, with_optimizer=True)
+    torch_dist.check_contents(tensors, expected, ignored_prefixes=(schema.FP8_PREFIX,))
     wanted = schema.training_to_load(chunks, optimizer, optimizer_step=checkpoint.optimizer_step)
-    wanted.restore(torch_dist.load_tensors(wanted.tensors, tensors))
+    scaling = schema.amax_to_load(chunks, torch_dist.stored_shapes(tensors))
+    loaded = torch_dist.load_tensors({**wanted.tensors, **scaling.tensors}, tensors)
+    wanted.restore(loaded)
+    scaling.restore(loaded)
 
 
 def load_weights(checkpoint: Checkpoint, cfg: RunConfig, chunks: Sequence[nn.Module]) -> None:
@@ -219,6 +223,6 @@ def load_weights(checkpoint: Checkpoint, cfg: RunConfig, chunks: Sequence[nn.Mod
     check_same_model(checkpoint, cfg)
     tensors = checkpoint.folder / _TENSORS
     expected = schema.expected_shapes(chunks, with_optimizer=False)
-    torch_dist.check_contents(tensors, expected, ignored_prefixes=(schema.OPTIMIZER_PREFIX,))
+    torch_dist.check_contents(tensors, expected, ignored_prefixes=(schema.OPTIMIZER_PREFIX, schema.FP8_PREFIX))
     wanted = schema.weights_to_load(chunks)
     wanted.restore(torch_dist.load_tensors(wanted.tensors, tensors))

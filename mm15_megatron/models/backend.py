@@ -6,11 +6,14 @@ an error that carries the reason.
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, replace
 from importlib import import_module
+from typing import Any
 
 import torch
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.moe.experts import SequentialMLP
 
 from mm15_megatron.config.schema import KernelConfig, PrecisionConfig
@@ -56,7 +59,7 @@ def resolve_backend(kernels: KernelConfig) -> Backend:
         BackendError: if a library is not usable here; the message holds the reason.
     """
     if kernels.transformer_impl == "transformer_engine":
-        return _transformer_engine()
+        return _transformer_engine(accumulates=kernels.gradient_accumulation_fusion)
     local = Backend(
         name="local",
         norm=LocalNorm,
@@ -70,7 +73,7 @@ def resolve_backend(kernels: KernelConfig) -> Backend:
     )
     if kernels.gradient_accumulation_fusion and (problem := apex_problem(APEX_WGRAD)) is not None:
         raise BackendError(
-            f"kernels.gradient_accumulation_fusion with local layers takes apex's kernel, which is not usable: {problem}",
+            f"kernels.gradient_accumulation_fusion with local layers takes apex's kernel, not usable here: {problem}",
             fix="build apex with APEX_CUDA_EXT=1 (requirements-gpu.txt), use Transformer Engine layers, or set "
             "kernels.gradient_accumulation_fusion=false",
         )
@@ -158,7 +161,26 @@ def _apex_norm() -> type[LocalNorm]:
     return ApexNorm
 
 
-def _transformer_engine() -> Backend:
+def _accumulating(layer: type) -> type:
+    """The same layer, adding its weight gradient to the gradient buffer inside the matrix product.
+
+    Not a setting of the whole model: the output layer is megatron-core's own, whose kernel for this is apex's.
+    """
+
+    class Accumulating(layer):  # type: ignore[misc,valid-type]
+        def __init__(self, *args: Any, config: TransformerConfig, **kwargs: Any) -> None:
+            config = copy.copy(config)
+            config.gradient_accumulation_fusion = True
+            super().__init__(*args, config=config, **kwargs)
+
+    return Accumulating
+
+
+def _as_it_is(layer: type) -> type:
+    return layer
+
+
+def _transformer_engine(*, accumulates: bool) -> Backend:
     problem = transformer_engine_problem()
     if problem is not None:
         raise BackendError(
@@ -176,14 +198,15 @@ def _transformer_engine() -> Backend:
     )
     from megatron.core.transformer.moe.experts import TEGroupedMLP
 
+    linear = _accumulating if accumulates else _as_it_is
     return Backend(
         name="transformer_engine",
         norm=TENorm,
-        column_linear=TEColumnParallelLinear,
-        row_linear=TERowParallelLinear,
-        norm_column_linear=TELayerNormColumnParallelLinear,
+        column_linear=linear(TEColumnParallelLinear),
+        row_linear=linear(TERowParallelLinear),
+        norm_column_linear=linear(TELayerNormColumnParallelLinear),
         core_attention=TEDotProductAttention,
         experts=TEGroupedMLP,
-        expert_column_linear=TEColumnParallelGroupedLinear,
-        expert_row_linear=TERowParallelGroupedLinear,
+        expert_column_linear=linear(TEColumnParallelGroupedLinear),
+        expert_row_linear=linear(TERowParallelGroupedLinear),
     )

@@ -82,7 +82,8 @@ class GlobalParameter:
     @property
     def global_shape(self) -> tuple[int, ...]:
         """Shape of the whole, in the form of ``local_view``."""
-        shape = list(self.local_view(self.parameter.data).shape)
+        rows, *rest = self.parameter.shape or (1,)
+        shape = [2, rows // 2, *rest] if self.gated else list(self.parameter.shape)
         if self.split_dim is not None:
             shape[self.split_dim] *= self.shards
         return tuple(shape)

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from mm15_megatron.config.schema import RunConfig
+from mm15_megatron.models.fp8_state import fill
 from mm15_megatron.models.global_parameters import GlobalParameter, global_parameters
 
 _RESIDUAL_OUTPUTS = (".self_attention.linear_proj.weight", ".linear_fc2.weight")
@@ -62,4 +63,4 @@ def initialise(chunks: Iterable[nn.Module], cfg: RunConfig) -> None:
     for item in global_parameters(chunks):
         if item.parameter.is_meta:
             continue
-        item.parameter.copy_(item.slice_of(draw_whole(item, cfg)))
+        fill(item.parameter, item.slice_of(draw_whole(item, cfg)))

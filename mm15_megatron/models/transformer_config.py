@@ -37,7 +37,10 @@ def _shared(cfg: RunConfig) -> dict[str, Any]:
         "output_layer_init_method": leave_uninitialised,
         # Loss normalisation is ours: sums and counts are reduced over the whole global batch.
         "calculate_per_token_loss": True,
-        "gradient_accumulation_fusion": cfg.kernels.gradient_accumulation_fusion,
+        # Transformer Engine's layers are told by the backend; this setting is for megatron-core's own, through apex.
+        "gradient_accumulation_fusion": (
+            cfg.kernels.gradient_accumulation_fusion and cfg.kernels.transformer_impl == "local"
+        ),
         "masked_softmax_fusion": False,
         "bias_dropout_fusion": cfg.kernels.compile_fusions,
         "use_cpu_initialization": False,
@@ -93,6 +96,7 @@ def _experts(cfg: RunConfig) -> dict[str, Any]:
         "moe_grouped_gemm": cfg.kernels.transformer_impl == "transformer_engine",
         "expert_model_parallel_size": parallel.expert_model_parallel_size,
         "expert_tensor_parallel_size": parallel.expert_tensor_parallel_size,
+        "overlap_moe_expert_parallel_comm": parallel.overlap_moe_expert_parallel_comm,
     }
 
 

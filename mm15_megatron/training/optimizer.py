@@ -105,7 +105,7 @@ def build_optimizer(cfg: RunConfig, chunks: Sequence[DistributedDataParallel]) -
 
 
 def _shares_buffer(cfg: RunConfig) -> bool:
-    """Whether gathered parameters pass through the gradient buffer: mxfp8 weights have no buffer to be gathered into."""
+    """Whether gathered parameters pass through the gradient buffer: mxfp8 weights have none of their own."""
     return cfg.precision.fp8_param_gather and cfg.precision.fp8_recipe == "mxfp8"
 
 

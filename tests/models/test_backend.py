@@ -43,7 +43,7 @@ def test_transformer_engine_is_never_replaced_silently() -> None:
     ("kernels", "message"),
     [
         (KernelConfig(norm_impl="apex"), "fused norms are not usable here: ModuleNotFoundError"),
-        (KernelConfig(gradient_accumulation_fusion=True), "takes apex's kernel, which is not usable: ModuleNotFound"),
+        (KernelConfig(gradient_accumulation_fusion=True), "takes apex's kernel, not usable here: ModuleNotFound"),
     ],
 )
 def test_apex_is_never_replaced_silently(kernels: KernelConfig, message: str) -> None:
