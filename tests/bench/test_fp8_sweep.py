@@ -1,0 +1,101 @@
+"""What the FP8 sweep times is one micro-batch of the layer, checked with the local layers on the CPU."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from mm15_megatron.accounting.matrix_products import MatrixProduct
+from mm15_megatron.bench.fp8_sweep import Trial, build_layer, recipes_unusable_here
+from mm15_megatron.config.schema import ParallelConfig
+from mm15_megatron.errors import BackendError
+from mm15_megatron.models.backend import resolve_backend
+from mm15_megatron.models.transformer_config import language_transformer_config
+from mm15_megatron.parallel.rendezvous import discover
+from mm15_megatron.parallel.seeds import seed_everything
+from mm15_megatron.parallel.topology import build_topology, close_topology
+from mm15_megatron.parity.ranks import run_on_ranks
+from mm15_megatron.presets import resolve
+
+BF16 = 2e-2  # eight bits of mantissa, sums of a few dozen terms
+
+COLUMN = MatrixProduct("decoder.fc1", "decoder", rows=24, in_features=64, out_features=48, split="column")
+ROW = MatrixProduct("decoder.fc2", "decoder", rows=24, in_features=48, out_features=64, split="row")
+PLAIN = MatrixProduct("output.logits", "never", rows=24, in_features=64, out_features=32)
+FROZEN = replace(COLUMN, weight_gradient=False, input_gradient=False)
+INPUT_ONLY = replace(COLUMN, weight_gradient=False)
+
+
+def one_trial(product: MatrixProduct, *, rows: int) -> dict[str, Any]:
+    with ExitStack() as stack:
+        stack.callback(close_topology)
+        topology = build_topology(ParallelConfig(device="cpu"), place=discover())
+        seed_everything(1, topology=topology)
+        cfg = resolve("debug_dense")
+        cfg = replace(cfg, kernels=replace(cfg.kernels, params_dtype="bf16"))
+        config = language_transformer_config(cfg)
+        layer = build_layer(product, config=config, backend=resolve_backend(cfg.kernels), groups=topology.groups)
+        trial = Trial(product, layer=layer, config=config, padding=None, rows=rows, std=0.1, seed=3)
+        results = trial.results()
+        trial.micro_batch(first=False, backward=True)
+        (weight,) = layer.parameters()
+        return {
+            "x": trial.x_RI.detach(),
+            "gradient": trial.gradient_RO,
+            "weight": weight.detach(),
+            "after_two": weight.main_grad,
+            "output": results.outputs[0],
+            "input_gradients": results.input_gradients,
+            "weight_gradients": len(results.weight_gradients),
+            "self_error": results.errors(results),
+        }
+
+
+def measured(product: MatrixProduct, *, rows: int = 24) -> dict[str, Any]:
+    (found,) = run_on_ranks(one_trial, 1, product=product, rows=rows)
+    return found
+
+
+def close(value: torch.Tensor, reference: torch.Tensor) -> bool:
+    return bool((value.float() - reference).norm() <= BF16 * reference.norm())
+
+
+@pytest.mark.parametrize("product", [COLUMN, ROW, PLAIN], ids=lambda p: p.name)
+def test_a_micro_batch_is_forward_backward_and_accumulation(product: MatrixProduct) -> None:
+    found = measured(product)
+    x, weight, gradient = (found[name].float() for name in ("x", "weight", "gradient"))
+    assert x.shape == (product.rows, product.in_features)
+    assert close(found["output"], x @ weight.T)
+    assert close(found["input_gradients"][0], gradient @ weight)
+    assert close(found["after_two"], 2 * gradient.T @ x)
+    assert found["self_error"] == (0.0, 0.0)
+
+
+def test_rows_that_fill_up_a_block_are_zero_and_not_compared() -> None:
+    found = measured(COLUMN, rows=32)
+    assert found["x"].shape[0] == found["gradient"].shape[0] == 32
+    assert not found["x"][24:].any()
+    assert not found["gradient"][24:].any()
+    assert found["output"].shape[0] == found["input_gradients"][0].shape[0] == 24
+    exact = measured(COLUMN)
+    assert torch.equal(found["x"][:24], exact["x"])
+    assert torch.equal(found["weight"], exact["weight"])
+    assert close(found["after_two"], exact["after_two"])
+
+
+def test_what_is_frozen_is_not_timed() -> None:
+    frozen, input_only = measured(FROZEN), measured(INPUT_ONLY)
+    assert (frozen["input_gradients"], frozen["weight_gradients"]) == ([], 0)
+    assert not frozen["after_two"].any()
+    assert (len(input_only["input_gradients"]), input_only["weight_gradients"]) == (1, 0)
+    assert not input_only["after_two"].any()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_without_a_gpu_there_is_nothing_to_measure() -> None:
+    with pytest.raises(BackendError, match="finds no CUDA device"):
+        recipes_unusable_here(resolve("mm1_30b"))
