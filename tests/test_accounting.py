@@ -389,3 +389,43 @@ def test_a_30b_stage_fits_the_usual_layout():
 )
 def test_device_peaks(name, peak):
     assert device_peak_tflops(name) == peak
+
+
+FP8 = ["kernels.params_dtype=bf16", "precision.fp8=hybrid"]
+
+
+def test_memory_of_fp8():
+    """debug_dense: 64 wide, 4 heads of 16 over 2 groups, 192 inside; the encoder 32 wide and 64 inside."""
+    plain = memory_estimate(apply_overrides(resolve("debug_dense"), FP8[:1]), world_size=1)
+    cfg = apply_overrides(resolve("debug_dense"), FP8)
+    quantised = memory_estimate(cfg, world_size=1)
+    layer, block = 2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 192, 4 * 32 * 32 + 2 * 32 * 64
+    assert quantised.parameters - plain.parameters == 2 * 4 * layer
+    assert (quantised.gradients, quantised.optimizer) == (plain.gradients, plain.optimizer)
+    tokens = cfg.data.seq_length * cfg.train.micro_batch_size
+    assert plain.activations - quantised.activations == pytest.approx(tokens * 4 * (2 * 64 + 192))
+    gathered = memory_estimate(apply_overrides(cfg, ["precision.fp8_param_gather=true"]), world_size=1)
+    assert gathered.parameters == plain.parameters
+    encoder = memory_estimate(apply_overrides(cfg, ["precision.fp8_vision=true"]), world_size=1)
+    assert encoder.parameters - quantised.parameters == 2 * 3 * block
+    ends = memory_estimate(apply_overrides(cfg, ["precision.first_last_layers_bf16=true"]), world_size=1)
+    assert ends.parameters - plain.parameters == 2 * 2 * layer
+
+
+@pytest.mark.parametrize(
+    ("preset", "modules", "freed"),
+    [
+        ("debug_dense", "core_attn", 4 * 64),
+        ("debug_dense", "mlp", 4 * 3 * 192),
+        ("debug_dense", "layernorm", 4 * 2 * 64),
+        ("debug_dense", "mlp, layernorm", 4 * (3 * 192 + 2 * 64)),
+        ("debug_moe", "moe", 2 * 2 * 3 * 192),
+        ("debug_moe", "moe_act", 2 * 2 * 192),
+    ],
+)
+def test_memory_that_selective_recomputation_frees(preset: str, modules: str, freed: int):
+    """debug_moe: every second of four layers is sparse, each token visits two experts."""
+    cfg = resolve(preset)
+    selective = ["kernels.recompute_granularity=selective", f"kernels.recompute_modules=[{modules}]"]
+    kept, recomputed = (memory_estimate(c, world_size=1).activations for c in (cfg, apply_overrides(cfg, selective)))
+    assert kept - recomputed == pytest.approx(4 * cfg.data.seq_length * cfg.train.micro_batch_size * freed)

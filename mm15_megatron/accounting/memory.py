@@ -26,7 +26,10 @@ from mm15_megatron.config.validate import data_parallel_size, expert_tensor_size
 class MemoryEstimate:
     """Bytes on one rank.
 
-    Activations are an estimate: what the backward pass keeps, without workspaces or fragmentation.
+    Activations are an estimate: what the backward pass keeps, without workspaces or fragmentation. What FP8 adds and
+    saves is modelled on Transformer Engine 2.11, which builds nothing without a GPU: a weight has an FP8 copy for each
+    of the two directions it is multiplied in (with ``fp8_param_gather`` these are the weight), and what enters a linear
+    layer is kept in FP8.
     """
 
     parameters: float
@@ -60,8 +63,10 @@ def memory_estimate(cfg: RunConfig, *, world_size: int, stage: int = 0) -> Memor
     trained = sum(h.count for h in held if h.trained)
     spread = cfg.parallel.use_distributed_optimizer or cfg.optimizer.name == "adafactor"
     kept_floats = (2 if cfg.optimizer.name == "adamw" else int(cfg.optimizer.adafactor_beta1 is not None)) + bf16
+    # Two FP8 copies of one byte; with fp8_param_gather they take the place of the two bytes of bf16.
+    copies = 0.0 if cfg.precision.fp8_param_gather else 2.0 * _fp8_weights(cfg, stage=stage)
     return MemoryEstimate(
-        parameters=sum(h.count for h in held) * (2 if bf16 else 4),
+        parameters=sum(h.count for h in held) * (2 if bf16 else 4) + copies,
         gradients=trained * (2 if bf16 and not cfg.parallel.grad_reduce_in_fp32 else 4),
         optimizer=sum(4.0 * kept_floats * h.count / (h.spread if spread else 1) for h in held if h.trained),
         activations=_activation_bytes(cfg, stage=stage),
@@ -95,6 +100,31 @@ def _held_parameters(cfg: RunConfig, *, world_size: int, stage: int) -> list[_He
     return held
 
 
+def _computes_in_fp8(cfg: RunConfig, layer: int) -> bool:
+    """Whether a decoder layer's linear layers multiply in FP8."""
+    precision = cfg.precision
+    if precision.fp8 is None or not precision.first_last_layers_bf16:
+        return precision.fp8 is not None
+    first, last = precision.num_layers_at_start_in_bf16, precision.num_layers_at_end_in_bf16
+    return first <= layer < cfg.language.num_layers - last
+
+
+def _fp8_weights(cfg: RunConfig, *, stage: int) -> float:
+    """Return how many weights of one rank are multiplied in FP8."""
+    p, sparse, ffn = cfg.parallel, sparse_layers(cfg), feed_forward_matrices(cfg)
+    tp, split = p.tensor_model_parallel_size, p.expert_model_parallel_size * expert_tensor_size(cfg)
+    count = 0.0
+    for layer in stage_layers(cfg, stage):
+        if _computes_in_fp8(cfg, layer):
+            count += attention_matrices(cfg) / tp
+            count += cfg.moe.num_moe_experts * ffn / split if sparse[layer] else ffn / tp
+    if stage == 0 and cfg.precision.fp8 is not None and cfg.precision.fp8_vision:
+        width, inner = cfg.vision.hidden_size, cfg.vision.ffn_hidden_size
+        share = tp if p.encoder_parallel == "tensor" else 1
+        count += built_vision_layers(cfg.vision) * (4 * width**2 + 2 * width * inner) / share
+    return count
+
+
 def _micro_batches_in_flight(cfg: RunConfig, *, stage: int) -> float:
     """Return how many micro-batches' activations of all its layers a stage keeps at most.
 
@@ -120,9 +150,11 @@ def _activation_bytes(cfg: RunConfig, *, stage: int) -> float:
     width = 2 if cfg.kernels.params_dtype == "bf16" else 4
     p, sparse = cfg.parallel, sparse_layers(cfg)
     tokens = cfg.data.seq_length * cfg.train.micro_batch_size / p.context_parallel_size
-    per_token = sum(_layer_activations(cfg, sparse=sparse[layer]) for layer in stage_layers(cfg, stage))
+    layers = stage_layers(cfg, stage)
+    per_token = width * sum(_layer_activations(cfg, sparse=sparse[layer]) for layer in layers)
+    per_token -= sum(_linear_inputs(cfg, sparse=sparse[layer]) for layer in layers if _computes_in_fp8(cfg, layer))
     in_flight = _micro_batches_in_flight(cfg, stage=stage)
-    total = float(width * tokens * per_token * in_flight)
+    total = float(tokens * per_token * in_flight)
     if stage == p.pipeline_model_parallel_size - 1:
         total += 2 * 4 * tokens * padded_vocab_size(cfg) / p.tensor_model_parallel_size
     if stage == 0 and not cfg.freeze.vision:
@@ -132,18 +164,40 @@ def _activation_bytes(cfg: RunConfig, *, stage: int) -> float:
     return total
 
 
+def _recomputed(cfg: RunConfig) -> tuple[str, ...]:
+    """Parts of a decoder layer that are recomputed selectively."""
+    return cfg.kernels.recompute_modules if cfg.kernels.recompute_granularity == "selective" else ()
+
+
 def _layer_activations(cfg: RunConfig, *, sparse: bool) -> float:
     """Return the values a decoder layer keeps for each token (flash attention: no score matrix)."""
-    language, tp = cfg.language, cfg.parallel.tensor_model_parallel_size
+    language, tp, recomputed = cfg.language, cfg.parallel.tensor_model_parallel_size, _recomputed(cfg)
     h, shard = language.hidden_size, tp if cfg.parallel.sequence_parallel else 1
     if cfg.kernels.recompute_granularity == "full":
         return h / shard / cfg.kernels.recompute_num_layers
     q = language.num_attention_heads * language.kv_channels
     kv = language.num_query_groups * language.kv_channels
-    attention = 0 if cfg.kernels.recompute_granularity == "selective" else q
+    attention = 0 if "core_attn" in recomputed else q
     branches = 3 if language.activation == "swiglu" else 2
+    if ("moe" if sparse else "mlp") in recomputed:
+        branches = 0
+    elif sparse and "moe_act" in recomputed:
+        branches -= 1  # the product of the activation
     inner = branches * language.ffn_hidden_size * (cfg.moe.moe_router_topk if sparse else 1)
-    return 4 * h / shard + (q + 2 * kv + attention + inner) / tp
+    normed = 2 * ("layernorm" not in recomputed)
+    return (2 + normed) * h / shard + (q + 2 * kv + attention + inner) / tp
+
+
+def _linear_inputs(cfg: RunConfig, *, sparse: bool) -> float:
+    """Return how many of the values kept for each token enter a linear layer alone, so that FP8 halves them."""
+    language, tp, recomputed = cfg.language, cfg.parallel.tensor_model_parallel_size, _recomputed(cfg)
+    if cfg.kernels.recompute_granularity == "full":
+        return 0.0
+    shard = tp if cfg.parallel.sequence_parallel else 1
+    normed = 0 if "layernorm" in recomputed else 2 * language.hidden_size / shard
+    if {"moe", "moe_act"} & set(recomputed) if sparse else "mlp" in recomputed:
+        return normed
+    return normed + language.ffn_hidden_size * (cfg.moe.moe_router_topk if sparse else 1) / tp
 
 
 def _tile_activations(cfg: RunConfig) -> float:

@@ -20,6 +20,7 @@ from mm15_megatron.config.schema import RunConfig
 from mm15_megatron.data.batch_plan import BatchPlan
 from mm15_megatron.parallel.topology import Topology
 from mm15_megatron.training.optimizer import learning_rates
+from mm15_megatron.training.precision import adam_implementation
 
 _LR_OPTIONS = {"language": "optimizer.lr", "connector": "optimizer.connector_lr", "vision": "optimizer.vision_lr"}
 
@@ -100,7 +101,43 @@ def _layout_facts(cfg: RunConfig, topology: Topology) -> list[tuple[str, str]]:
             f"{cfg.kernels.transformer_impl} layers, {torch.get_num_threads()} threads per rank, "
             f"torch {torch.__version__}",
         ),
+        ("kernels", _kernels_text(cfg)),
+        ("precision", _precision_text(cfg)),
     ]
+
+
+def _kernels_text(cfg: RunConfig) -> str:
+    """Say whose code computes what."""
+    kernels = cfg.kernels
+    names = [f"{adam_implementation(kernels)} AdamW"]
+    if kernels.norm_impl != "backend":
+        names.append(f"{kernels.norm_impl} norms")
+    names += [
+        text
+        for text, on in (
+            ("weight gradients accumulated in their products", kernels.gradient_accumulation_fusion),
+            ("fused permutation", kernels.moe_permute_fusion),
+            ("compiled fusions", kernels.compile_fusions),
+        )
+        if on
+    ]
+    if kernels.recompute_granularity is not None:
+        what = "layers" if kernels.recompute_granularity == "full" else ", ".join(kernels.recompute_modules)
+        names.append(f"recomputed: {what}")
+    return ", ".join(names)
+
+
+def _precision_text(cfg: RunConfig) -> str:
+    precision = cfg.precision
+    if precision.fp8 is None:
+        return cfg.kernels.params_dtype
+    parts = [f"FP8 {precision.fp8} ({precision.fp8_recipe}) in the decoder's linear layers"]
+    if precision.first_last_layers_bf16:
+        first, last = precision.num_layers_at_start_in_bf16, precision.num_layers_at_end_in_bf16
+        parts.append(f"the first {first} and the last {last} in bf16")
+    parts.append(f"the encoder in {'FP8' if precision.fp8_vision else 'bf16'}")
+    parts.append("weights gathered in FP8" if precision.fp8_param_gather else "weights in bf16")
+    return ", ".join(parts) + "; router, norms, connector, embedding and output layer in higher precision"
 
 
 def _batch_facts(cfg: RunConfig, plan: BatchPlan, consumed_rows: int) -> list[tuple[str, str]]:
@@ -145,4 +182,5 @@ def _memory_text(cfg: RunConfig, *, world_size: int) -> str:
     parts = ", ".join(
         f"{name} {getattr(worst, name) / 2**30:.3g}" for name in ("parameters", "gradients", "optimizer", "activations")
     )
-    return f"about {worst.total / 2**30:.3g} GiB on the fullest stage ({parts}), estimated without workspaces"
+    modelled = ", FP8 modelled" if cfg.precision.fp8 is not None else ""
+    return f"about {worst.total / 2**30:.3g} GiB on the fullest stage ({parts}), estimated without workspaces{modelled}"

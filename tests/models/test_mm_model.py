@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 
 import pytest
@@ -133,3 +134,32 @@ def test_missing_fields_are_named(model: MM15Model, cfg: RunConfig) -> None:
         model(dataclasses.replace(batch, tiles_N3HW=None))
     with pytest.raises(DataError, match="tokens"):
         model(dataclasses.replace(batch, tokens_T=None))
+
+
+def test_router_padding_for_quantization_changes_no_token(one_rank: Topology) -> None:
+    """Experts get multiples of 16 tokens, also where rows hold padding; outputs and gradients stay."""
+    cfg = debug_config("debug_moe")
+    model = build(one_rank, cfg)
+    batch = batch_of_rows([row_of("several", cfg, seed=3), row_of("padded", cfg, seed=4)], cfg)
+    sparse = [layer.mlp for layer in model.language_model.decoder.layers if layer.is_moe_layer]
+    counts: list[torch.Tensor] = []
+    for block in sparse:
+        block.experts.register_forward_pre_hook(lambda module, inputs: counts.append(torch.as_tensor(inputs[1])))
+    results = []
+    for padded in (False, True):
+        for block in sparse:
+            # megatron-core's own configuration takes the option with FP8 alone, and the dispatcher is all that reads it
+            block.token_dispatcher.config = copy.copy(block.config)
+            block.token_dispatcher.config.moe_router_padding_for_quantization = padded
+        counts.clear()
+        model.zero_grad(set_to_none=True)
+        output = logits(model, batch)
+        output[~batch.padding_mask_T].square().mean().backward()
+        results.append((output.detach(), [p.grad.clone() for p in model.parameters()], [c % 16 for c in counts]))
+    (plain, plain_grads, plain_rest), (filled, filled_grads, filled_rest) = results
+    assert any(rest.any() for rest in plain_rest)
+    assert not any(rest.any() for rest in filled_rest)
+    real_T = ~batch.padding_mask_T
+    torch.testing.assert_close(filled[real_T], plain[real_T], **FP32_SHAPES)
+    for ours, reference in zip(filled_grads, plain_grads, strict=True):
+        torch.testing.assert_close(ours, reference, **FP32_SHAPES)
