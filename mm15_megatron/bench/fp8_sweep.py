@@ -96,9 +96,9 @@ def measure(
         stack.callback(close_topology)
         topology = build_topology(ParallelConfig(device="cuda"), place=Rendezvous("single", 0, 1, 0, 1, ""))
         seed_everything(cfg.train.seed, topology=topology)
-        bench = _Bench(cfg, resolve_backend(as_trained(cfg, None).kernels), topology.groups, effort)
-        measured = tuple(_measure_product(bench, chosen, product, write=write) for product in chosen.products)
-        attention_ms = _attention_ms(bench, chosen.products)
+        shared = SharedParts(cfg, resolve_backend(as_trained(cfg, None).kernels), topology.groups, effort)
+        measured = tuple(_measure_product(shared, chosen, product, write=write) for product in chosen.products)
+        attention_ms = _attention_ms(shared, chosen.products)
         write(f"attention {attention_ms:.2f} ms a micro-batch")
         device = torch.cuda.get_device_name()
     return Sweep(
@@ -117,7 +117,7 @@ def measure(
 
 
 @dataclass(frozen=True)
-class _Bench:
+class SharedParts:
     """What every measurement shares."""
 
     cfg: RunConfig
@@ -267,9 +267,9 @@ def _relative(values: Sequence[torch.Tensor], references: Sequence[torch.Tensor]
     return math.sqrt(difference / norm) if references else 0.0
 
 
-def _trial(bench: _Bench, product: MatrixProduct, recipe: str | None) -> Trial:
-    config = bench.config(product, recipe)
-    layer = build_layer(product, config=config, backend=bench.backend, groups=bench.groups)
+def _trial(shared: SharedParts, product: MatrixProduct, recipe: str | None) -> Trial:
+    config = shared.config(product, recipe)
+    layer = build_layer(product, config=config, backend=shared.backend, groups=shared.groups)
     padding, rows = None, product.rows
     if recipe is not None and product.fp8 == EXPERTS:
         from megatron.core.extensions.transformer_engine import Fp8Padding, Fp8Unpadding
@@ -283,18 +283,20 @@ def _trial(bench: _Bench, product: MatrixProduct, recipe: str | None) -> Trial:
         config=config,
         padding=padding,
         rows=rows,
-        std=bench.cfg.language.init_method_std,
-        seed=bench.cfg.train.seed,
+        std=shared.cfg.language.init_method_std,
+        seed=shared.cfg.train.seed,
     )
 
 
-def _measure_product(bench: _Bench, chosen: Plan, product: MatrixProduct, *, write: Callable[[str], None]) -> Measured:
+def _measure_product(
+    shared: SharedParts, chosen: Plan, product: MatrixProduct, *, write: Callable[[str], None]
+) -> Measured:
     times: dict[str, Timing] = {}
     reference: Results | None = None
     for recipe in (None, *chosen.recipes_of(product)):
         try:
-            trial = _trial(bench, product, recipe)
-            timing = _time(trial, bench.effort)
+            trial = _trial(shared, product, recipe)
+            timing = _time(trial, shared.effort)
             found = trial.results()
         except torch.cuda.OutOfMemoryError as error:
             raise BackendError(
@@ -340,9 +342,9 @@ def _step(trial: Trial, effort: Effort, *, backward: bool) -> tuple[float, float
     return start.elapsed_time(end) / effort.micro_batches, host_ms / effort.micro_batches
 
 
-def _attention_ms(bench: _Bench, products: Sequence[MatrixProduct]) -> float:
+def _attention_ms(shared: SharedParts, products: Sequence[MatrixProduct]) -> float:
     """Milliseconds of core attention in one micro-batch of the rank: the decoder over whole rows, and the encoder."""
-    cfg, total = bench.cfg, 0.0
+    cfg, total = shared.cfg, 0.0
     parallel, tokens = cfg.parallel, cfg.data.seq_length
     counts = {product.name: product.count for product in products}
     ranks = parallel.tensor_model_parallel_size * parallel.context_parallel_size
@@ -351,24 +353,26 @@ def _attention_ms(bench: _Bench, products: Sequence[MatrixProduct]) -> float:
         language = cfg.language
         shape = (tokens, cfg.train.micro_batch_size, language.num_attention_heads // ranks, language.kv_channels)
         groups = language.num_query_groups // ranks
-        total += counts["decoder.qkv"] * _time_attention(bench, by_name["decoder.qkv"], shape, groups=groups)
+        total += counts["decoder.qkv"] * _time_attention(shared, by_name["decoder.qkv"], shape, groups=groups)
     if "vision.qkv" in by_name:
         vision = cfg.vision
         split = parallel.tensor_model_parallel_size if parallel.encoder_parallel == "tensor" else 1
         length = vision.grid_size**2 + vision.class_token
         heads, channels = vision.num_attention_heads // split, vision.hidden_size // vision.num_attention_heads
         shape = (length, by_name["vision.qkv"].rows // length, heads, channels)
-        total += counts["vision.qkv"] * _time_attention(bench, by_name["vision.qkv"], shape, groups=heads)
+        total += counts["vision.qkv"] * _time_attention(shared, by_name["vision.qkv"], shape, groups=heads)
     return total
 
 
-def _time_attention(bench: _Bench, product: MatrixProduct, shape: tuple[int, int, int, int], *, groups: int) -> float:
+def _time_attention(
+    shared: SharedParts, product: MatrixProduct, shape: tuple[int, int, int, int], *, groups: int
+) -> float:
     """Milliseconds of one core attention, forward and backward; ``shape`` is [tokens, rows, heads, channels]."""
-    config = copy.copy(bench.config(product, None))
+    config = copy.copy(shared.config(product, None))
     config.num_attention_heads, config.num_query_groups = shape[2], groups
     mask = AttnMaskType.no_mask if product.fp8 == VISION else AttnMaskType.causal
-    core = bench.backend.core_attention(
-        config=config, layer_number=1, attn_mask_type=mask, attention_type="self", pg_collection=bench.groups
+    core = shared.backend.core_attention(
+        config=config, layer_number=1, attn_mask_type=mask, attention_type="self", pg_collection=shared.groups
     )
     tokens, rows, heads, channels = shape
     like = {"device": "cuda", "dtype": torch.bfloat16, "requires_grad": product.input_gradient}
@@ -376,15 +380,15 @@ def _time_attention(bench: _Bench, product: MatrixProduct, shape: tuple[int, int
     key, value = (torch.randn(tokens, rows, groups, channels, **like) for _ in range(2))
     gradient = torch.randn(tokens, rows, heads * channels, device="cuda", dtype=torch.bfloat16)
     spent = []
-    for _ in range(bench.effort.warm_up + bench.effort.repeats):
+    for _ in range(shared.effort.warm_up + shared.effort.repeats):
         torch.cuda.synchronize()
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
-        for _ in range(bench.effort.micro_batches):
+        for _ in range(shared.effort.micro_batches):
             output = core(query, key, value, None, mask)
             if product.input_gradient:
                 torch.autograd.grad(output, (query, key, value), gradient)
         end.record()
         end.synchronize()
-        spent.append(start.elapsed_time(end) / bench.effort.micro_batches)
-    return statistics.median(spent[bench.effort.warm_up :])
+        spent.append(start.elapsed_time(end) / shared.effort.micro_batches)
+    return statistics.median(spent[shared.effort.warm_up :])

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from mm15_megatron.accounting.matrix_products import MatrixProduct
-from mm15_megatron.bench.fp8_sweep import Trial, build_layer, recipes_unusable_here
+from mm15_megatron.bench.fp8_advice import as_trained, plan
+from mm15_megatron.bench.fp8_record import RECIPES
+from mm15_megatron.bench.fp8_sweep import Effort, SharedParts, Trial, build_layer, recipes_unusable_here
 from mm15_megatron.config.schema import ParallelConfig
 from mm15_megatron.errors import BackendError
-from mm15_megatron.models.backend import resolve_backend
+from mm15_megatron.models.backend import resolve_backend, transformer_engine_problem
 from mm15_megatron.models.transformer_config import language_transformer_config
-from mm15_megatron.parallel.rendezvous import discover
+from mm15_megatron.parallel.rendezvous import Rendezvous, discover
 from mm15_megatron.parallel.seeds import seed_everything
-from mm15_megatron.parallel.topology import build_topology, close_topology
+from mm15_megatron.parallel.topology import Topology, build_topology, close_topology
 from mm15_megatron.parity.ranks import run_on_ranks
 from mm15_megatron.presets import resolve
 
@@ -99,3 +103,41 @@ def test_what_is_frozen_is_not_timed() -> None:
 def test_without_a_gpu_there_is_nothing_to_measure() -> None:
     with pytest.raises(BackendError, match="finds no CUDA device"):
         recipes_unusable_here(resolve("mm1_30b"))
+
+
+@pytest.fixture
+def hopper(monkeypatch: pytest.MonkeyPatch) -> Iterator[Topology]:
+    """One rank, and answers to what Transformer Engine's constructors ask of a device."""
+    topology = build_topology(ParallelConfig(device="cpu"), place=Rendezvous("single", 0, 1, 0, 1, ""))
+    seed_everything(1, topology=topology)
+    properties = SimpleNamespace(major=9, minor=0, multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device=None: properties)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    yield topology
+    close_topology()
+
+
+PROBLEM = transformer_engine_problem()
+
+
+@pytest.mark.skipif(PROBLEM is not None, reason=f"Transformer Engine: {PROBLEM}")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is present: the advisor itself runs these layers")
+@pytest.mark.parametrize("recipe", [None, *RECIPES])
+def test_the_layers_are_transformer_engines_with_the_ranks_widths(hopper: Topology, recipe: str | None) -> None:
+    """Constructed, not run."""
+    cfg = resolve("mm1_3b_moe")
+    cfg = replace(cfg, precision=replace(cfg.precision, fp8_margin=1, fp8_amax_history_len=16))
+    backend = resolve_backend(as_trained(cfg, None).kernels)
+    parts = SharedParts(cfg, backend, hopper.groups, Effort())
+    for product in plan(cfg, unusable={}).products:
+        if product.fp8 == "never":
+            continue
+        config = parts.config(product, recipe)
+        assert (config.fp8, config.tensor_model_parallel_size) == ("hybrid" if recipe else None, 1)
+        assert config.fp8_recipe == (recipe or config.fp8_recipe)
+        config.init_model_with_meta_device, config.perform_initialization = True, False
+        layer = build_layer(product, config=config, backend=backend, groups=hopper.groups)
+        matrices = [tuple(p.shape) for p in layer.parameters() if p.dim() > 1]
+        assert matrices == [(product.out_features, product.in_features)] * product.groups, product.name
+        assert type(layer).__name__.startswith("TE")
