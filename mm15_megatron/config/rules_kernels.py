@@ -53,10 +53,12 @@ def _recomputation(config: RunConfig, world_size: int) -> None:
         )
     if kernels.recompute_granularity != "selective":
         return
-    if "moe_act" in kernels.recompute_modules and kernels.transformer_impl != "transformer_engine":
+    fused = [name for name in ("layernorm", "moe_act") if name in kernels.recompute_modules]
+    if fused and kernels.transformer_impl != "transformer_engine":
         raise ConfigError(
-            "kernels.recompute_modules holds moe_act, which only Transformer Engine's grouped experts have",
-            fix="recompute moe instead, or set kernels.transformer_impl=transformer_engine",
+            f"kernels.recompute_modules holds {', '.join(fused)}, which megatron-core recomputes with Transformer "
+            "Engine's layers alone",
+            fix="recompute mlp or moe instead, or set kernels.transformer_impl=transformer_engine",
         )
     sparse = [name for name in kernels.recompute_modules if name in ("moe", "moe_act")]
     if sparse and not config.moe.num_moe_experts:

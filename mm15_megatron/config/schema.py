@@ -307,7 +307,8 @@ class KernelConfig:
     )
     recompute_modules: tuple[str, ...] = option(
         ("core_attn",),
-        "what selective recomputes: core_attn, layernorm, mlp, moe (a whole sparse block), moe_act (grouped experts)",
+        "what selective recomputes: core_attn, mlp, moe (a whole sparse block); with Transformer Engine also layernorm, "
+        "moe_act (activation of grouped experts)",
     )
     recompute_num_layers: int = option(1, "layers of one recomputed chunk (full)")
     recompute_vision: bool = option(False, "recompute every encoder block")

@@ -31,9 +31,12 @@ TOKENS: Mapping[str, str] = {
     "distopt": "distributed optimizer",
     "gradoverlap": "overlapped gradient reduction",
     "overlap": "distributed optimizer, overlapped gradient reduction and parameter gather",
+    "epoverlap": "the experts' all-to-all runs beside another micro-batch's computation (needs bf16)",
     "bucketsN": "gradient buckets of N parameters (with an overlap)",
     "recompute": "every decoder layer and encoder block is recomputed",
     "recompute-selective": "core attention is recomputed",
+    "recompute-mlp": "dense feed-forward blocks are recomputed",
+    "recompute-moe": "core attention and sparse feed-forward blocks are recomputed",
     "mbsN": "rows of a micro-batch",
     "accumN": "micro-batches of a step on each data-parallel rank",
     "packed": "each segment in a row of its own, against the packed rows",
@@ -49,14 +52,18 @@ _PATTERNS = {
 }
 _OVERLAP_GRADIENTS = {"parallel.overlap_grad_reduce": True}
 _DISTRIBUTED = {"parallel.use_distributed_optimizer": True}
+_SELECTIVE = {"kernels.recompute_granularity": "selective"}
 _SWITCHES: Mapping[str, Mapping[str, Any]] = {
     "sp": {"parallel.sequence_parallel": True},
     "enctp": {"parallel.encoder_parallel": "tensor"},
     "distopt": _DISTRIBUTED,
     "gradoverlap": _OVERLAP_GRADIENTS,
     "overlap": _DISTRIBUTED | _OVERLAP_GRADIENTS | {"parallel.overlap_param_gather": True},
+    "epoverlap": {"parallel.overlap_moe_expert_parallel_comm": True},
     "recompute": {"kernels.recompute_granularity": "full", "kernels.recompute_vision": True},
-    "recompute-selective": {"kernels.recompute_granularity": "selective"},
+    "recompute-selective": _SELECTIVE,
+    "recompute-mlp": _SELECTIVE | {"kernels.recompute_modules": ("mlp",)},
+    "recompute-moe": _SELECTIVE | {"kernels.recompute_modules": ("core_attn", "moe")},
 }
 _NUMBERS: Mapping[str, str] = {
     "tpN": "parallel.tensor_model_parallel_size",
@@ -219,6 +226,7 @@ _DENSE = (
     "accum1",
     "recompute",
     "recompute-selective",
+    "recompute-mlp-tp2sp",
     "packed",
     "dp2-overlap-resume",
     "resume:tp2>pp2",
@@ -232,6 +240,7 @@ _EXPERTS = (
     "tp2pp2ep2",
     "vpp2-ep2",
     "cp2-ep2",
+    "ep2-recompute-moe",
     "ep2-resume",
     "resume:ep2>tp2",
 )

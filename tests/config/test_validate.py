@@ -16,6 +16,8 @@ from mm15_megatron.config.validate import (
 from mm15_megatron.errors import ConfigError
 from mm15_megatron.presets import resolve
 
+from .test_rules_overlap import CASES as OVERLAP_CASES
+
 TRAINABLE = apply_overrides(resolve("debug_dense"), ["data.sources=[{prefix: a}]", "data.tokenizer=tokenizer.json"])
 
 RULE = {rule.__name__: rule for rule in RULES}
@@ -178,7 +180,8 @@ CASES = [
     ("_needs_transformer_engine", 1, [*TE, "kernels.norm_impl=apex"], "hold norms of their own"),
     ("_recomputation", 1, ["kernels.recompute_modules=[attention]"], r"unknown modules \['attention'\]"),
     ("_recomputation", 1, [SELECTIVE, "kernels.recompute_modules=[]"], "nothing to recompute"),
-    ("_recomputation", 1, [SELECTIVE, MOE, "kernels.recompute_modules=[moe_act]"], "recompute moe instead"),
+    ("_recomputation", 1, [SELECTIVE, MOE, "kernels.recompute_modules=[moe_act]"], "holds moe_act, which"),
+    ("_recomputation", 1, [SELECTIVE, "kernels.recompute_modules=[layernorm]"], "recompute mlp or moe instead"),
     ("_recomputation", 1, [SELECTIVE, "kernels.recompute_modules=[moe]"], "the model has no experts"),
     ("_recomputation", 1, [*TE, SELECTIVE, MOE, "kernels.recompute_modules=[moe, moe_act]"], "keep one of them"),
     ("_fp8_needs", 1, ["precision.fp8=hybrid"], "needs Transformer Engine on a GPU, found parallel.device = cpu"),
@@ -276,7 +279,7 @@ def test_types_are_checked_for_configurations_made_in_python():
 
 
 def test_every_rule_has_a_case():
-    assert set(RULE) == {case[0] for case in CASES} | {"_types_and_choices"}
+    assert set(RULE) == {case[0] for case in (*CASES, *OVERLAP_CASES)} | {"_types_and_choices"}
 
 
 @pytest.mark.parametrize(
@@ -307,7 +310,8 @@ def test_every_rule_has_a_case():
         (1, ["optimizer.lr=null"]),
         (1, ["kernels.recompute_granularity=full", "kernels.recompute_num_layers=2"]),
         (1, ["data.validation_sources=[{prefix: a}]", "train.validation_interval=5"]),
-        (1, [SELECTIVE, "kernels.recompute_modules=[mlp, layernorm]"]),
+        (1, [SELECTIVE, "kernels.recompute_modules=[mlp, core_attn]"]),
+        (1, [*TE, SELECTIVE, "kernels.recompute_modules=[mlp, layernorm]"]),
         (1, [SELECTIVE, MOE, "kernels.recompute_modules=[core_attn, moe]"]),
         (1, ["parallel.device=cuda", "kernels.norm_impl=apex", "kernels.gradient_accumulation_fusion=true"]),
         (1, [*TE, MOE, SELECTIVE, "kernels.recompute_modules=[moe_act]", "kernels.moe_permute_fusion=true"]),

@@ -57,6 +57,8 @@ COMBINATIONS += [
     ("moe", "vpp2-ep2"),
     ("moe", "ep2-overlap-buckets20000"),
     ("moe", "ep2-recompute"),
+    ("dense", "recompute-mlp-tp2sp"),
+    ("moe", "ep2-recompute-moe"),
     ("moe-capacity", "tp2sp"),
     ("moe-capacity", "ep2-mbs1"),
 ]

@@ -38,6 +38,16 @@ OVERLAP = DISTRIBUTED | {"parallel.overlap_grad_reduce": True, "parallel.overlap
         ("pp3first2", 3, {PP: 3, "parallel.num_layers_in_first_pipeline_stage": 2}),
         ("tp2-enctp", 2, {TP: 2, "parallel.encoder_parallel": "tensor"}),
         ("recompute", 1, {"kernels.recompute_granularity": "full", "kernels.recompute_vision": True}),
+        (
+            "recompute-mlp",
+            1,
+            {"kernels.recompute_granularity": "selective", "kernels.recompute_modules": ("mlp",)},
+        ),
+        (
+            "recompute-moe",
+            1,
+            {"kernels.recompute_granularity": "selective", "kernels.recompute_modules": ("core_attn", "moe")},
+        ),
         ("recompute-selective-tp2", 2, {"kernels.recompute_granularity": "selective", TP: 2}),
         ("mbs4", 1, {"train.micro_batch_size": 4}),
         ("cp2", 2, {"parallel.context_parallel_size": 2}),
@@ -102,4 +112,6 @@ def test_default_set_follows_the_model() -> None:
     assert [name for name in dense if parse_layout(name).size("expert_model_parallel") > 1] == []
     assert {"ep2", "tp2sp-etp1", "tp2pp2ep2", "vpp2-ep2"} <= set(sparse)
     used = " ".join(sparse)
-    assert [token for token in TOKENS if token.rstrip("N") not in used and token not in ("cpN", "firstN")] == []
+    assert [
+        token for token in TOKENS if token.rstrip("N") not in used and token not in ("cpN", "firstN", "epoverlap")
+    ] == []
