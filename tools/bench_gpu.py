@@ -86,7 +86,7 @@ def show_plan(request: Request, *, memory: float) -> None:
     for family, part in slices.items():
         print(f"{family} ({request.presets[family]}): " + (part if isinstance(part, str) else part.describe()))
         if not isinstance(part, str):
-            print(f"  {part.needed / 2**30:.1f} GiB expected, {part.allowed / 2**30:.1f} GiB allowed")
+            print(f"  {part.needed / 2**30:.1f} GiB expected at most, {part.allowed / 2**30:.1f} GiB allowed")
             print(*(f"  leaves out {line}" for line in part.leaves_out()), sep="\n")
     for case in request.cases:
         part = slices[case.family]

@@ -54,6 +54,11 @@ class Scale:
             torch.cuda.synchronize()
             self.marks[name] = float(torch.cuda.memory_allocated())
 
+    def note_state(self, parts: StepParts) -> None:
+        """Note the bytes of what the optimizer made in its first step."""
+        if self.device == "cuda":
+            self.marks["state"] = float(state_bytes(parts))
+
 
 def build(cfg: RunConfig, stack: ExitStack, *, scale: Scale) -> tuple[StepParts, list[MMBatch]]:
     """Build model, optimizer at the peak learning rate, and the micro-batches of one step, on the device."""
@@ -91,6 +96,7 @@ def measure_case(cfg: RunConfig, *, steps: int, say: Say) -> dict[str, Any]:
         say(f"built in {time.perf_counter() - started:.1f} s")
         first = _step(parts, batches)
         scale.mark("first step")
+        scale.note_state(parts)
         if scale.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
         outputs = [first, *(_step(parts, batches) for _ in range(WARM_UP_STEPS - 1))]
@@ -173,8 +179,7 @@ def problem_of(losses: Sequence[float], *, applied: Sequence[bool]) -> str | Non
 def weigh(cfg: RunConfig, scale: Scale) -> dict[str, Any]:
     """Return estimated and measured bytes, part by part, and the ratio of the two.
 
-    What the first step leaves behind counts as optimizer: its moments, and FP8 copies of weights. Activations are the
-    peak of a step above all that, workspaces included.
+    Activations are the peak of a step above what its first one left behind, workspaces included.
     """
     estimate = memory_estimate(cfg, world_size=1)
     estimated = {
@@ -199,12 +204,25 @@ def weigh(cfg: RunConfig, scale: Scale) -> dict[str, Any]:
     }
 
 
+def state_bytes(parts: StepParts) -> int:
+    """Return the bytes of the optimizer's state tensors, without the masters that it was built with."""
+    assert parts.optimizer is not None, "a training step needs an optimizer"
+    states = [state for part in parts.optimizer.chained_optimizers for state in part.optimizer.state.values()]
+    tensors = [value for state in states for value in state.values() if isinstance(value, torch.Tensor)]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
 def measured_parts(marks: Mapping[str, float], *, peak: float) -> dict[str, float]:
-    """Return bytes by part from what was allocated when each had been built, and from the peak of later steps."""
+    """Return bytes by part from what was allocated when each had been built, and from the peak of later steps.
+
+    What the first step leaves behind is the optimizer's state; the rest of it are FP8 copies of weights, which
+    ``accounting`` counts as parameters too.
+    """
+    left_behind = marks["first step"] - marks["rows"] - marks["state"]
     return {
-        "parameters": marks["parameters"] - marks["start"],
+        "parameters": marks["parameters"] - marks["start"] + left_behind,
         "gradients": marks["gradients"] - marks["parameters"],
-        "optimizer": marks["masters"] - marks["gradients"] + marks["first step"] - marks["rows"],
+        "optimizer": marks["masters"] - marks["gradients"] + marks["state"],
         "activations": peak - marks["first step"],
         "total": peak,
     }

@@ -111,7 +111,9 @@ def _slice_content(part: Slice | str) -> dict[str, Any]:
         "leaves_out": part.leaves_out(),
         "vision_share_of_flops": part.vision_share,
         "vision_share_of_flops_whole_model": part.whole_vision_share,
-        "estimated_bytes": asdict(part.estimate) | {"fp8_copies": part.fp8_copies, "total": part.needed},
+        "estimated_bytes": asdict(part.estimate) | {"total": part.estimate.total},
+        "estimated_bytes_fp8": None if part.fp8_estimate is None else asdict(part.fp8_estimate),
+        "most_demanding_case_bytes": part.needed,
         "allowed_bytes": part.allowed,
     }
 
@@ -165,7 +167,7 @@ def _slice_lines(report: Report) -> list[str]:
             lines.append(f"{name}not run: {part}")
             continue
         needed, allowed = part.needed / 2**30, part.allowed / 2**30
-        lines.append(f"{name}{part.describe()}; {needed:.1f} GiB expected with FP8 copies, {allowed:.1f} GiB allowed")
+        lines.append(f"{name}{part.describe()}; {needed:.1f} GiB expected at most, {allowed:.1f} GiB allowed")
         lines += [f"  - leaves out {line}" for line in part.leaves_out()]
     lines += ["", "The loop beside a bare megatron-core loop on the same layers: `tools/bench_step.py`."]
     return lines

@@ -19,7 +19,6 @@ from mm15_megatron.accounting import (
     sparse_layers,
     step_flops,
 )
-from mm15_megatron.accounting.parameters import attention_matrices, feed_forward_matrices
 from mm15_megatron.config.parse import apply_overrides
 from mm15_megatron.config.schema import RunConfig
 from mm15_megatron.config.tree import OPTIONS, with_values
@@ -28,8 +27,8 @@ from mm15_megatron.errors import ConfigError
 EXPERT_RANKS = 8
 """Expert-parallel ranks whose share of the experts a slice holds: one machine of eight GPUs."""
 _KEPT_PARALLEL = ("device", "grad_reduce_in_fp32", "distributed_timeout_minutes")
-# FP8 layers keep a copy of each weight and its transpose, one byte a value, beside the bf16 weight.
-_FP8_COPIES = 2
+# The case that takes most memory: every linear layer in FP8, its copies of the weights beside them.
+_MOST_DEMANDING = {"precision.fp8": "hybrid", "precision.fp8_vision": True}
 
 
 @dataclass(frozen=True)
@@ -40,20 +39,20 @@ class Slice:
         config: one rank's configuration in bf16, with local layers and nothing recomputed.
         whole: the configuration it was cut from.
         estimate: bytes it is expected to take in bf16.
-        fp8_copies: bytes that FP8 copies of the weights take on top.
+        fp8_estimate: bytes it is expected to take with everything in FP8 that can be; None = no case is in FP8.
         allowed: bytes it may take: the device's memory less the margin.
     """
 
     config: RunConfig
     whole: RunConfig
     estimate: MemoryEstimate
-    fp8_copies: float
+    fp8_estimate: MemoryEstimate | None
     allowed: float
 
     @property
     def needed(self) -> float:
         """Bytes of the most demanding case."""
-        return self.estimate.total + self.fp8_copies
+        return max(part.total for part in (self.estimate, self.fp8_estimate) if part is not None)
 
     @property
     def vision_share(self) -> float:
@@ -156,13 +155,10 @@ def one_device(cfg: RunConfig, *, device: str, micro_batches: int) -> RunConfig:
     return with_values(cfg, values)
 
 
-def _with_layers(whole: RunConfig, cfg: RunConfig, layers: int, allowed: float) -> Slice:
+def _with_layers(whole: RunConfig, cfg: RunConfig, layers: int, *, fp8: bool, allowed: float) -> Slice:
     cut = with_values(cfg, {"language.num_layers": layers})
-    weights = sum(
-        attention_matrices(cut) + (cut.moe.num_moe_experts if sparse else 1) * feed_forward_matrices(cut)
-        for sparse in sparse_layers(cut)
-    )
-    return Slice(cut, whole, memory_estimate(cut, world_size=1), _FP8_COPIES * weights, allowed)
+    in_fp8 = memory_estimate(with_values(cut, _MOST_DEMANDING), world_size=1) if fp8 else None
+    return Slice(cut, whole, memory_estimate(cut, world_size=1), in_fp8, allowed)
 
 
 def choose_slice(
@@ -184,7 +180,7 @@ def choose_slice(
         memory: bytes of the device.
         margin: share of them kept free for workspaces, communication buffers and fragmentation.
         micro_batches: micro-batches of a step.
-        fp8: leave room for FP8 copies of the weights, so that every case runs the same slice.
+        fp8: leave room for what FP8 adds, so that every case runs the same slice.
         at_most: decoder layers at most; None = the model's.
         options: ``section.field=value`` texts that have the last word.
 
@@ -197,14 +193,14 @@ def choose_slice(
     most = min(cfg.language.num_layers, at_most or cfg.language.num_layers)
     found = None
     for layers in range(period, most + 1, period):
-        candidate = _with_layers(whole, cfg, layers, allowed)
-        if candidate.estimate.total + fp8 * candidate.fp8_copies > allowed:
+        candidate = _with_layers(whole, cfg, layers, fp8=fp8, allowed=allowed)
+        if candidate.needed > allowed:
             break
         found = candidate
     if found is None:
-        least = _with_layers(whole, cfg, period, allowed)
+        least = _with_layers(whole, cfg, period, fp8=fp8, allowed=allowed)
         raise ConfigError(
-            f"{whole.preset or 'the model'} with {period} decoder layers needs {least.estimate.total / 2**30:.1f} GiB, "
+            f"{whole.preset or 'the model'} with {period} decoder layers needs {least.needed / 2**30:.1f} GiB, "
             f"and {allowed / 2**30:.1f} GiB are allowed (the memory less a margin of {margin:.0%})",
             fix="choose a smaller preset or data.max_images, set kernels.recompute_vision=true, or lower --margin",
         )

@@ -27,8 +27,10 @@ def test_a_slice_is_the_largest_that_fits(preset):
     assert layers % period == 0
     assert found.needed <= found.allowed == H200 * 0.88
     assert found.estimate == memory_estimate(found.config, world_size=1)
-    more = apply_overrides(found.config, [f"language.num_layers={layers + period}"])
-    assert memory_estimate(more, world_size=1).total + found.fp8_copies > found.allowed
+    options = ["precision.fp8=hybrid", "precision.fp8_vision=true"]
+    assert found.needed == memory_estimate(apply_overrides(found.config, options), world_size=1).total
+    more = apply_overrides(found.config, [f"language.num_layers={layers + period}", *options])
+    assert memory_estimate(more, world_size=1).total > found.allowed
 
 
 def test_more_memory_never_means_fewer_layers():
@@ -80,10 +82,12 @@ def test_a_slice_says_what_it_is_and_what_it_leaves_out():
     assert any("all-to-all" in line for line in sparse.leaves_out())
 
 
-def test_room_for_fp8_copies_is_kept_only_where_fp8_runs():
+def test_room_for_fp8_is_kept_only_where_fp8_runs():
     with_fp8, without = slice_of("mm1_30b", memory=H200), slice_of("mm1_30b", memory=H200, fp8=False)
     assert without.config.language.num_layers >= with_fp8.config.language.num_layers
-    assert with_fp8.fp8_copies == 2 * with_fp8.config.language.num_layers * 7168 * (4 * 7168 + 3 * 19200)
+    assert with_fp8.needed > with_fp8.estimate.total
+    assert without.fp8_estimate is None
+    assert without.needed == without.estimate.total
 
 
 def test_options_have_the_last_word_and_layers_can_be_capped():
