@@ -307,7 +307,7 @@ class KernelConfig:
     )
     recompute_modules: tuple[str, ...] = option(
         ("core_attn",),
-        "what selective recomputes: core_attn, mlp, moe (a whole sparse block); with Transformer Engine also layernorm, "
+        "what selective recomputes: core_attn, mlp, moe (a sparse block); with Transformer Engine also layernorm, "
         "moe_act (activation of grouped experts)",
     )
     recompute_num_layers: int = option(1, "layers of one recomputed chunk (full)")
