@@ -288,6 +288,19 @@ def _trial(shared: SharedParts, product: MatrixProduct, recipe: str | None) -> T
     )
 
 
+def check_rounded(product: MatrixProduct, recipe: str, *, output_error: float) -> None:
+    """Refuse an output that equals bf16's: Gaussian data survive no rounding to FP8.
+
+    Raises:
+        BackendError: the layer did not compute in FP8.
+    """
+    if output_error == 0.0:
+        raise BackendError(
+            f"{product.name} in {recipe} gave bf16's output bit by bit: the layer did not compute in FP8",
+            fix="check that megatron-core finds this Transformer Engine (tools/gpu_environment.py), and its version",
+        )
+
+
 def _measure_product(
     shared: SharedParts, chosen: Plan, product: MatrixProduct, *, write: Callable[[str], None]
 ) -> Measured:
@@ -308,6 +321,7 @@ def _measure_product(
             reference = found
         else:
             output_error, gradient_error = found.errors(reference)
+            check_rounded(product, recipe or BF16, output_error=output_error)
             timing = replace(timing, output_error=output_error, gradient_error=gradient_error)
         times[recipe or BF16] = timing
         del trial, found

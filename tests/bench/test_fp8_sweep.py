@@ -14,7 +14,14 @@ import torch
 from mm15_megatron.accounting.matrix_products import MatrixProduct
 from mm15_megatron.bench.fp8_advice import as_trained, plan
 from mm15_megatron.bench.fp8_record import RECIPES
-from mm15_megatron.bench.fp8_sweep import Effort, SharedParts, Trial, build_layer, recipes_unusable_here
+from mm15_megatron.bench.fp8_sweep import (
+    Effort,
+    SharedParts,
+    Trial,
+    build_layer,
+    check_rounded,
+    recipes_unusable_here,
+)
 from mm15_megatron.config.schema import ParallelConfig
 from mm15_megatron.errors import BackendError
 from mm15_megatron.models.backend import resolve_backend, transformer_engine_problem
@@ -97,6 +104,12 @@ def test_what_is_frozen_is_not_timed() -> None:
     assert not frozen["after_two"].any()
     assert (len(input_only["input_gradients"]), input_only["weight_gradients"]) == (1, 0)
     assert not input_only["after_two"].any()
+
+
+def test_a_recipe_that_rounds_nothing_was_not_used() -> None:
+    check_rounded(COLUMN, "delayed", output_error=0.04)
+    with pytest.raises(BackendError, match=r"decoder.fc1 in delayed gave bf16's output bit by bit"):
+        check_rounded(COLUMN, "delayed", output_error=0.0)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
