@@ -13,6 +13,7 @@ from mm15_megatron.config.rules_layout import (
     virtual_stages,
 )
 from mm15_megatron.config.rules_model import MODEL_RULES, NOT_TRAINED_INPUT, tiles_of_split_image
+from mm15_megatron.config.rules_overlap import OVERLAP_RULES
 from mm15_megatron.config.rules_precision import PRECISION_RULES
 from mm15_megatron.config.rules_training import LEFT_TO_THE_USER, NOT_TRAINED_RECIPES, TRAINING_RULES
 from mm15_megatron.config.schema import RunConfig
@@ -40,6 +41,7 @@ RULES: tuple[Rule, ...] = (
     *EXPERT_RULES,
     *KERNEL_RULES,
     *PRECISION_RULES,
+    *OVERLAP_RULES,
     *TRAINING_RULES,
     *NOT_TRAINED_YET,
     *LEFT_TO_THE_USER,

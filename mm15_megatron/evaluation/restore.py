@@ -36,13 +36,18 @@ class Restored:
 
 
 def whole_rows(parallel: ParallelConfig) -> ParallelConfig:
-    """Return the same tensor and expert split with all layers and all tokens of a row on every rank."""
+    """Return the same tensor and expert split with all layers and all tokens of a row on every rank.
+
+    An answer has no backward pass to overlap with, and no buffers of its size.
+    """
     return replace(
         parallel,
         pipeline_model_parallel_size=1,
         virtual_pipeline_model_parallel_size=None,
         context_parallel_size=1,
         num_layers_in_first_pipeline_stage=None,
+        overlap_moe_expert_parallel_comm=False,
+        tp_comm_overlap=False,
     )
 
 

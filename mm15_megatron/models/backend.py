@@ -7,6 +7,8 @@ an error that carries the reason.
 from __future__ import annotations
 
 import copy
+import os
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import Any
@@ -16,7 +18,7 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParall
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.moe.experts import SequentialMLP
 
-from mm15_megatron.config.schema import KernelConfig, PrecisionConfig
+from mm15_megatron.config.schema import KernelConfig, PrecisionConfig, RunConfig
 from mm15_megatron.errors import BackendError
 from mm15_megatron.models.attention import LocalCoreAttention
 from mm15_megatron.models.norm import LocalNorm
@@ -138,6 +140,74 @@ def check_fp8(precision: PrecisionConfig) -> None:
             fix="choose another precision.fp8_recipe (mxfp8 needs Blackwell, the others Hopper or newer), or "
             "precision.fp8=null",
         )
+
+
+@dataclass(frozen=True)
+class TensorParallelBuffers:
+    """What Transformer Engine's buffers of ``parallel.tp_comm_overlap`` look like.
+
+    Attributes:
+        shape: tokens of a micro-batch on the ranks of one tensor-parallel group together, and width of the decoder.
+        ranks: size of the group.
+        kinds: fp8 for layers that compute in FP8, none for those that do not.
+    """
+
+    shape: tuple[int, int]
+    ranks: int
+    kinds: tuple[str, ...]
+
+
+def tensor_parallel_buffers(cfg: RunConfig) -> TensorParallelBuffers:
+    """Describe the buffers of a run; every layer of the decoder takes turns with the same ones."""
+    tokens = cfg.data.seq_length * cfg.train.micro_batch_size // cfg.parallel.context_parallel_size
+    kinds: tuple[str, ...] = ("none",)
+    if cfg.precision.fp8 is not None:
+        kinds = ("fp8", "none") if cfg.precision.first_last_layers_bf16 else ("fp8",)
+    return TensorParallelBuffers(
+        (tokens, cfg.language.hidden_size), cfg.parallel.tensor_model_parallel_size, kinds=kinds
+    )
+
+
+def open_tensor_parallel_buffers(cfg: RunConfig) -> Callable[[], None]:
+    """Open the buffers of ``parallel.tp_comm_overlap``, after the process groups and before any layer exist.
+
+    Every rank must call, once. Transformer Engine takes consecutive ranks for a tensor-parallel group, as
+    ``parallel/topology.py`` does.
+
+    Returns:
+        What closes the buffers; to be called before the process groups are left.
+
+    Raises:
+        BackendError: Transformer Engine or the device cannot have them.
+    """
+    problem = transformer_engine_problem()
+    if problem is None and not torch.cuda.is_available():
+        problem = f"torch {torch.__version__} finds no CUDA device"
+    if problem is not None:
+        raise BackendError(
+            f"parallel.tp_comm_overlap takes Transformer Engine's buffers, which cannot be opened here: {problem}",
+            fix="set parallel.tp_comm_overlap=false, or install requirements-gpu.txt on a CUDA machine",
+        )
+    import transformer_engine_torch
+    from transformer_engine.pytorch import destroy_ub, initialize_ub
+    from transformer_engine.pytorch.module import UserBufferQuantizationMode
+
+    if not transformer_engine_torch.device_supports_multicast() and os.environ.get("UB_SKIPMC", "0") != "1":
+        raise BackendError(
+            "parallel.tp_comm_overlap: device, driver or toolkit do not support CUDA multicast, which Transformer "
+            "Engine's buffers use",
+            fix="set UB_SKIPMC=1 in the environment to use CUDA IPC instead, or parallel.tp_comm_overlap=false",
+        )
+    buffers = tensor_parallel_buffers(cfg)
+    initialize_ub(
+        shape=list(buffers.shape),
+        tp_size=buffers.ranks,
+        quantization_modes=[UserBufferQuantizationMode(kind) for kind in buffers.kinds],
+        dtype=torch.bfloat16,
+        bootstrap_backend="nccl",
+    )
+    closing: Callable[[], None] = destroy_ub
+    return closing
 
 
 def _apex_norm() -> type[LocalNorm]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from contextlib import nullcontext
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from megatron.core.enums import ModelType
@@ -35,6 +35,7 @@ from mm15_megatron.models.layer_specs import block_spec, dense_layer_spec, spars
 from mm15_megatron.models.rope import rotary_table
 from mm15_megatron.models.router import RoutingRules
 from mm15_megatron.models.router_ledger import RouterLedger
+from mm15_megatron.models.schedule_plan import ChunkPlan
 from mm15_megatron.models.transformer_config import language_transformer_config
 from mm15_megatron.models.vision_encoder import VisionEncoder
 
@@ -152,21 +153,35 @@ class MM15Model(MegatronModule):
             tokens_NPH = gather_from_sequence_parallel_region(tokens_NPH, group=self.context_group)
         return tokens_NPH[: batch.slots_NP.shape[0]]
 
+    @property
+    def module(self) -> GPTModel:
+        """The decoder, where megatron-core's schedules look for the ``GPTModel`` whose plan they run."""
+        return self.language_model
+
     def forward(self, batch: MMBatch) -> torch.Tensor:
         """Run this stage on one micro-batch."""
+        return self.language_model(input_ids=None, position_ids=None, attention_mask=None, **self._inputs(batch))
+
+    def schedule_plan(self, batch: MMBatch) -> ChunkPlan:
+        """Encode the images of one micro-batch and plan the rest (``overlap_moe_expert_parallel_comm``).
+
+        The plan's last backward node is that of the merged input, so encoder and connector get their gradient.
+        """
+        return ChunkPlan(
+            self.language_model, input_ids=None, position_ids=None, attention_mask=None, **self._inputs(batch)
+        )
+
+    def _inputs(self, batch: MMBatch) -> dict[str, Any]:
+        """What the decoder is called with."""
         rotary = rotary_table(
             self.stage.own_tokens(batch.position_ids_T), head_dim=self.head_dim, base=self.rotary_base
         )
         rows = packed_rows(batch.segment_bounds_G, max_segment=batch.max_segment, rotary=rotary)
-        merged = self._embed(batch) if self.pre_process else None
-        return self.language_model(
-            input_ids=None,
-            position_ids=None,
-            attention_mask=None,
-            decoder_input=merged,
-            packed_seq_params=rows,
-            padding_mask=self._padding(batch) if self.router_ledger.layers else None,
-        )
+        return {
+            "decoder_input": self._embed(batch) if self.pre_process else None,
+            "packed_seq_params": rows,
+            "padding_mask": self._padding(batch) if self.router_ledger.layers else None,
+        }
 
     def _padding(self, batch: MMBatch) -> torch.Tensor:
         """Padding of the tokens whose hidden states this rank holds, bool [1, T]."""

@@ -79,11 +79,28 @@ class SparseFeedForward(MoELayer):
         Returns:
             The output in the layout of ``hidden_states``, 0 for padding, and no bias.
         """
+        hidden_states, padding_mask = self.own_tokens(hidden_states, padding_mask)
+        return super().forward(hidden_states, intermediate_tensors, padding_mask)
+
+    def own_tokens(
+        self, hidden_states: torch.Tensor, padding_mask: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Cut this rank's tokens out of [T, 1, H] and their padding out of [1, T], unless they arrive sharded."""
         if not self.cuts_tokens:
-            return super().forward(hidden_states, intermediate_tensors, padding_mask)
+            return hidden_states, padding_mask
         hidden_states = scatter_to_sequence_parallel_region(hidden_states, group=self.tp_group)
         if padding_mask is not None:
             padding_mask = padding_mask.chunk(self.tp_group.size(), dim=1)[self.tp_group.rank()]
-        output, bias = super().forward(hidden_states, intermediate_tensors, padding_mask)
-        whole = gather_from_sequence_parallel_region(output, tensor_parallel_output_grad=False, group=self.tp_group)
-        return whole, bias
+        return hidden_states, padding_mask
+
+    def postprocess(self, output: torch.Tensor, shared_expert_output: torch.Tensor | None) -> torch.Tensor:
+        """Put the tokens back into their order, and together again what :meth:`own_tokens` cut."""
+        output = super().postprocess(output, shared_expert_output)
+        if not self.cuts_tokens:
+            return output
+        return gather_from_sequence_parallel_region(output, tensor_parallel_output_grad=False, group=self.tp_group)
+
+    @property
+    def copies_received_tokens(self) -> bool:
+        """Whether received tokens are copied (sorted or gathered) before the first matrix product reads them."""
+        return self.num_local_experts > 1 or self.token_dispatcher.tp_size > 1

@@ -139,6 +139,7 @@ def language_transformer_config(cfg: RunConfig) -> TransformerConfig:
         qk_layernorm=language.qk_layernorm,
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         sequence_parallel=parallel.sequence_parallel,
+        tp_comm_overlap=parallel.tp_comm_overlap,
         recompute_granularity=kernels.recompute_granularity,
         recompute_modules=list(kernels.recompute_modules),
         recompute_method="uniform" if full else None,

@@ -155,6 +155,7 @@ def _patch_tensors() -> None:
 
     torch.Tensor.type = type_or_cast  # type: ignore[method-assign,assignment]
     torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign,assignment]
+    torch.Tensor.record_stream = lambda self, stream: None  # type: ignore[method-assign,assignment]
     torch.nn.Module.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign,assignment]
 
 

@@ -171,7 +171,7 @@ def trace_on_rank(cfg: RunConfig, plan: Plan, prepare: Prepare | None = None) ->
     parts = build_parts(cfg)
     trace = Trace(first_step=_load(cfg, parts) if plan.load else 0)
     recorder = None
-    if plan.fingerprints:
+    if plan.fingerprints and not cfg.parallel.overlap_moe_expert_parallel_comm:  # a plan calls parts of layers alone
         sharded = cfg.parallel.sequence_parallel
         recorder = Recorder(parts.chunks, topology=parts.topology, sequence_parallel=sharded)
     for step in range(trace.first_step, plan.steps):

@@ -14,6 +14,7 @@ from mm15_megatron.batch import MMBatch, RowRecord
 from mm15_megatron.checkpoint.store import Checkpoint, load_training, save_checkpoint
 from mm15_megatron.config.schema import RunConfig
 from mm15_megatron.data.loader import Loader, build_loader
+from mm15_megatron.models.backend import open_tensor_parallel_buffers
 from mm15_megatron.models.build import build_chunks, check_replicas
 from mm15_megatron.parallel.rendezvous import Rendezvous
 from mm15_megatron.parallel.seeds import seed_everything
@@ -98,6 +99,8 @@ class Run:
         stack.callback(loader.close)
         if checkpoint is not None:
             check_same_data(checkpoint, cfg, digest=loader.digest)
+        if cfg.parallel.tp_comm_overlap:
+            stack.callback(open_tensor_parallel_buffers(cfg))
         parts = _build_parts(cfg, topology)
         if checkpoint is not None:
             load_training(checkpoint, cfg, parts.chunks, parts.optimizer)

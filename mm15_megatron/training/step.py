@@ -10,6 +10,7 @@ from itertools import tee
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
+from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import ChainedOptimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -17,6 +18,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from mm15_megatron.accounting import padded_vocab_size
 from mm15_megatron.batch import MMBatch
 from mm15_megatron.config.schema import RunConfig
+from mm15_megatron.models.schedule_plan import ChunkPlan
 from mm15_megatron.parallel.reduce import finalise_gradients, global_sum
 from mm15_megatron.parallel.topology import Topology
 from mm15_megatron.training.losses import token_losses, vocabulary_shard
@@ -176,7 +178,7 @@ def _run_schedule(
 ) -> None:
     cfg, chunks = parts.cfg, len(parts.chunks)
     get_forward_backward_func()(
-        forward_step_func=partial(_forward_step, cfg=cfg, topology=parts.topology, sums=sums),
+        forward_step_func=partial(_forward_step, parts=parts, sums=sums),
         # Interleaved chunks each walk through the same micro-batches at their own pace.
         data_iterator=list(tee(batches, chunks)) if chunks > 1 else batches,
         model=list(parts.chunks),
@@ -189,13 +191,25 @@ def _run_schedule(
 
 
 def _forward_step(
-    batches: Iterator[MMBatch], chunk: DistributedDataParallel, *, cfg: RunConfig, topology: Topology, sums: _Sums
-) -> tuple[torch.Tensor, Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]]]:
+    batches: Iterator[MMBatch],
+    chunk: DistributedDataParallel | GPTModel,
+    return_schedule_plan: bool = False,
+    *,
+    parts: StepParts,
+    sums: _Sums,
+) -> tuple[
+    torch.Tensor | ChunkPlan,
+    Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]],
+]:
+    """Run one chunk on the next micro-batch, or plan to: then megatron-core names the chunk by its decoder."""
+    if return_schedule_plan:
+        chunk = next(wrapped for wrapped in parts.chunks if wrapped.module.language_model is chunk)
     batch = next(batches)
     if not chunk.module.pre_process:  # a later chunk of the first rank
         batch = replace(batch, tiles_N3HW=None, slots_NP=None)
-    batch = batch.to(topology.device)
-    return chunk(batch), partial(_loss, batch=batch, cfg=cfg, topology=topology, sums=sums)
+    batch = batch.to(parts.topology.device)
+    output = chunk.module.schedule_plan(batch) if return_schedule_plan else chunk(batch)
+    return output, partial(_loss, batch=batch, cfg=parts.cfg, topology=parts.topology, sums=sums)
 
 
 def _loss(

@@ -11,7 +11,7 @@ import pytest
 from mm15_megatron.checkpoint.store import save_checkpoint
 from mm15_megatron.config.schema import RunConfig
 from mm15_megatron.evaluation.generate import Generator, Prompt
-from mm15_megatron.evaluation.restore import restore_model
+from mm15_megatron.evaluation.restore import restore_model, whole_rows
 from mm15_megatron.parallel.topology import close_topology
 from mm15_megatron.parity.ranks import RankFailure, rank_place, run_on_ranks
 from mm15_megatron.parity.trace import build_parts
@@ -82,3 +82,9 @@ def test_half_rows_are_refused() -> None:
     cfg = change(debug_config(), parallel={"context_parallel_size": 2})
     with pytest.raises(RankFailure, match="context_parallel_size = 2: answers are generated from whole rows"):
         run_on_ranks(_generate_from_half_rows, 2, cfg=cfg)
+
+
+def test_a_model_that_answers_overlaps_nothing() -> None:
+    """Neither overlap outlives training: both need micro-batches of one size, one of them a backward pass."""
+    trained = replace(debug_config().parallel, tp_comm_overlap=True, overlap_moe_expert_parallel_comm=True)
+    assert whole_rows(trained) == debug_config().parallel

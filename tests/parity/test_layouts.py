@@ -36,6 +36,7 @@ OVERLAP = DISTRIBUTED | {"parallel.overlap_grad_reduce": True, "parallel.overlap
         ("dp2-grad-overlap", 2, {"parallel.overlap_grad_reduce": True}),
         ("dp2overlapbuckets500", 2, OVERLAP | {"parallel.ddp_bucket_size": 500}),
         ("pp3first2", 3, {PP: 3, "parallel.num_layers_in_first_pipeline_stage": 2}),
+        ("vpp2ep2-epoverlap", 4, {PP: 2, VPP: 2, EP: 2, "parallel.overlap_moe_expert_parallel_comm": True}),
         ("tp2-enctp", 2, {TP: 2, "parallel.encoder_parallel": "tensor"}),
         ("recompute", 1, {"kernels.recompute_granularity": "full", "kernels.recompute_vision": True}),
         (
