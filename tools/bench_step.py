@@ -4,19 +4,27 @@
 
 Both loops run in this process on the same model, one after the other, step by step in turn, so that a machine that
 slows down slows both. The bare loop is what megatron-core's own documentation shows: its schedule, its vocabulary-
-parallel cross-entropy, its ``finalize_model_grads`` with a token count, ``optimizer.step()``. Ours adds the weighted
-loss with its z-loss, the normalisation by real targets, the router figures and the check that skips a bad step.
+parallel cross-entropy, its ``finalize_model_grads`` with a token count, ``optimizer.step()`` with its gradient norm and
+clipping. Ours adds the weighted loss with its z-loss, the normalisation by real targets, the router figures and the
+check that skips a bad step. Both pass over the logits equally often (maximum, shift, exponential, sum, normalisation,
+scaling) and scale the gradients in a pass of their own; ours keeps the losses and figures for one read of the device.
+
+After the timed steps a few of each loop are profiled, and the operators whose own time differs most are listed. What
+one loop computes no differently can stand there too: the same matrix products take a few per cent more or less from one
+profile to the next, so only what is larger than that says something about the loops.
 """
 
 from __future__ import annotations
 
 import argparse
+import resource
 import statistics
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,6 +48,9 @@ from mm15_megatron.parity.stream import global_batch, rank_batches
 from mm15_megatron.presets import resolve
 from mm15_megatron.training.optimizer import build_optimizer, wrap_chunks
 from mm15_megatron.training.step import StepParts, set_gradient_hook, train_step
+
+LOOPS = ("bare", "ours")
+PROFILED_STEPS, PROFILES, LISTED = 2, 3, 10
 
 # Large enough that a step is arithmetic, small enough for a laptop.
 DEFAULTS = (
@@ -115,24 +126,88 @@ def our_step(parts: StepParts, batches: Sequence[MMBatch]) -> None:
     train_step(parts, iter(batches), num_microbatches=len(batches))
 
 
-def measure(parts: StepParts, batches: Sequence[MMBatch], *, steps: int) -> dict[str, list[float]]:
-    """Seconds of ``steps`` steps of each loop, in turn, after two of each that do not count."""
-    loops = {"bare": bare_step, "ours": our_step}
-    seconds: dict[str, list[float]] = {name: [] for name in loops}
+@dataclass(frozen=True)
+class Timings:
+    """What the timed steps took, by loop.
+
+    Attributes:
+        seconds: of each step.
+        page_faults: of each step: fresh memory that it touched, in pages.
+    """
+
+    seconds: dict[str, list[float]]
+    page_faults: dict[str, list[int]]
+
+
+@dataclass(frozen=True)
+class OperatorTime:
+    """One operator in both loops.
+
+    Attributes:
+        name: as torch calls it.
+        calls: a step, by loop.
+        milliseconds: a step, its own time without that of operators it calls, by loop; the least of several profiles.
+    """
+
+    name: str
+    calls: dict[str, float]
+    milliseconds: dict[str, float]
+
+    @property
+    def difference(self) -> float:
+        """How much more it takes in our loop, milliseconds."""
+        return self.milliseconds["ours"] - self.milliseconds["bare"]
+
+
+def run_step(loop: str, parts: StepParts, batches: Sequence[MMBatch]) -> None:
+    """Take one step of a loop and wait for the device."""
+    (bare_step if loop == "bare" else our_step)(parts, batches)
+    if parts.topology.device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def measure(parts: StepParts, batches: Sequence[MMBatch], *, steps: int) -> Timings:
+    """Time ``steps`` steps of each loop, in turn, after two of each that do not count."""
+    timings = Timings({name: [] for name in LOOPS}, {name: [] for name in LOOPS})
     for step in range(steps + 2):
-        for name in ("bare", "ours") if step % 2 else ("ours", "bare"):
-            started = time.perf_counter()
-            loops[name](parts, batches)
-            if parts.topology.device.type == "cuda":
-                torch.cuda.synchronize()
+        for name in LOOPS if step % 2 else reversed(LOOPS):
+            faults, started = resource.getrusage(resource.RUSAGE_SELF).ru_minflt, time.perf_counter()
+            run_step(name, parts, batches)
             if step >= 2:
-                seconds[name].append(time.perf_counter() - started)
-    return seconds
+                timings.seconds[name].append(time.perf_counter() - started)
+                timings.page_faults[name].append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults)
+    return timings
 
 
-def report(cfg: RunConfig, seconds: dict[str, list[float]], *, command: str) -> tuple[str, dict[str, Any]]:
+def breakdown(parts: StepParts, batches: Sequence[MMBatch]) -> list[OperatorTime]:
+    """Profile both loops in turn; operators by how much their own time differs, largest first."""
+    device = parts.topology.device.type
+    activity = torch.profiler.ProfilerActivity.CUDA if device == "cuda" else torch.profiler.ProfilerActivity.CPU
+    found: dict[str, OperatorTime] = {}
+    for _ in range(PROFILES):
+        for loop in LOOPS:
+            with torch.profiler.profile(activities=[activity]) as profile:
+                for _ in range(PROFILED_STEPS):
+                    run_step(loop, parts, batches)
+            for event in profile.key_averages():
+                own = event.self_device_time_total if device == "cuda" else event.self_cpu_time_total
+                entry = found.setdefault(event.key, OperatorTime(event.key, {}, {}))
+                entry.calls[loop] = event.count / PROFILED_STEPS
+                entry.milliseconds[loop] = min(own / PROFILED_STEPS / 1000, entry.milliseconds.get(loop, float("inf")))
+    for entry in found.values():
+        for loop in LOOPS:
+            entry.calls.setdefault(loop, 0.0)
+            entry.milliseconds.setdefault(loop, 0.0)
+    return sorted(found.values(), key=lambda entry: -abs(entry.difference))
+
+
+def report(
+    cfg: RunConfig, timings: Timings, operators: Sequence[OperatorTime], *, command: str
+) -> tuple[str, dict[str, Any]]:
     """Markdown text and figures."""
+    seconds = timings.seconds
     medians = {name: statistics.median(values) for name, values in seconds.items()}
+    faults = {name: statistics.median(values) for name, values in timings.page_faults.items()}
     ratios = [ours / bare for ours, bare in zip(seconds["ours"], seconds["bare"], strict=True)]
     ratio, low, high = statistics.median(ratios), *statistics.quantiles(ratios, n=4)[::2]
     machine = machine_facts()
@@ -144,22 +219,45 @@ def report(cfg: RunConfig, seconds: dict[str, list[float]], *, command: str) -> 
         "Same model, batches and optimizer in one process, steps of both in turn; the docstring of the tool says what "
         "each loop does.",
         "",
-        "| loop | median seconds a step |",
-        "|---|---|",
-        *(f"| {name} | {value:.4f} |" for name, value in medians.items()),
+        "| loop | median seconds a step | page faults a step |",
+        "|---|---|---|",
+        *(f"| {name} | {value:.4f} | {faults[name]:.0f} |" for name, value in medians.items()),
         "",
         f"ours / bare: **{ratio:.3f}** (median of {len(ratios)} pairs, quartiles {low:.3f} and {high:.3f})",
+        "",
+        *_operator_lines(operators),
     ]
     figures = {
         "ratio": ratio,
         "quartiles": [low, high],
         "median_seconds": medians,
+        "page_faults": faults,
+        "operators": [asdict(operator) for operator in operators[:LISTED]],
         "options": {"language": vars(cfg.language), "data.seq_length": cfg.data.seq_length},
         "command": command,
         "machine": machine,
         "versions": library_versions(),
     }
     return "\n".join(lines) + "\n", figures
+
+
+def _operator_lines(operators: Sequence[OperatorTime]) -> list[str]:
+    """The operators whose own time differs most, and the sum over all."""
+    total = {loop: sum(operator.milliseconds[loop] for operator in operators) for loop in LOOPS}
+    rows = [
+        f"| {item.name} | {item.calls['bare']:.0f} | {item.milliseconds['bare']:.2f} | {item.calls['ours']:.0f} | "
+        f"{item.milliseconds['ours']:.2f} | {item.difference:+.2f} |"
+        for item in operators[:LISTED]
+    ]
+    return [
+        f"Own time of the operators whose time differs most, milliseconds a step (least of {PROFILES} profiles of "
+        f"{PROFILED_STEPS} steps):",
+        "",
+        "| operator | calls, bare | ms | calls, ours | ms | difference |",
+        "|---|---|---|---|---|---|",
+        *rows,
+        f"| all operators | | {total['bare']:.1f} | | {total['ours']:.1f} | {total['ours'] - total['bare']:+.2f} |",
+    ]
 
 
 def main() -> int:
@@ -177,11 +275,13 @@ def main() -> int:
         cfg = apply_overrides(resolve(arguments.preset), [*DEFAULTS, *arguments.options])
         with ExitStack() as stack:
             parts, batches = build(cfg, stack)
-            seconds = measure(parts, batches, steps=arguments.steps)
+            timings = measure(parts, batches, steps=arguments.steps)
+            operators = breakdown(parts, batches)
     except MM15Error as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 2
-    text, figures = report(cfg, seconds, command=" ".join(["python", "tools/bench_step.py", *sys.argv[1:]]))
+    command = " ".join(["python", "tools/bench_step.py", *sys.argv[1:]])
+    text, figures = report(cfg, timings, operators, command=command)
     print(text, end="")
     if arguments.output is not None:
         arguments.output.with_suffix(".md").write_text(text, encoding="utf-8")

@@ -32,7 +32,7 @@ from mm15_megatron.models.backend import Backend
 from mm15_megatron.models.connector import build_connector
 from mm15_megatron.models.image_merge import merge_image_tokens
 from mm15_megatron.models.layer_specs import block_spec, dense_layer_spec, sparse_layer_spec
-from mm15_megatron.models.rope import rotary_table
+from mm15_megatron.models.rope import rotary_table, rotation
 from mm15_megatron.models.router import RoutingRules
 from mm15_megatron.models.router_ledger import RouterLedger
 from mm15_megatron.models.schedule_plan import ChunkPlan
@@ -92,6 +92,7 @@ class MM15Model(MegatronModule):
         self.first_layer = layers.start
         self.first_expert = stage.groups.ep.rank() * (cfg.moe.num_moe_experts // stage.groups.ep.size())
         self.rotary_base, self.head_dim = language.rotary_base, language.kv_channels
+        self.rotation = rotation(compiled=cfg.kernels.compile_fusions)
         self.encoder_is_frozen = cfg.freeze.vision
         if self.pre_process:
             self.vision_encoder = VisionEncoder(cfg, backend=backend, groups=stage.encoder_groups)
@@ -174,7 +175,10 @@ class MM15Model(MegatronModule):
     def _inputs(self, batch: MMBatch) -> dict[str, Any]:
         """What the decoder is called with."""
         rotary = rotary_table(
-            self.stage.own_tokens(batch.position_ids_T), head_dim=self.head_dim, base=self.rotary_base
+            self.stage.own_tokens(batch.position_ids_T),
+            head_dim=self.head_dim,
+            base=self.rotary_base,
+            rotation=self.rotation,
         )
         rows = packed_rows(batch.segment_bounds_G, max_segment=batch.max_segment, rotary=rotary)
         return {

@@ -76,7 +76,12 @@ def run(training: Run, *, request: StopRequest) -> int:
 
 
 def take_step(training: Run) -> Taken:
-    """Take one optimizer step and move the state on."""
+    """Take one optimizer step and move the state on.
+
+    ``train_step`` reads the device once, before the optimizer updates. The longest wait is read here, after the update:
+    that ends the measured time with the work of the device. Only these two reads and the counts of the rows, which by
+    then cost a round trip and no waiting, stand between one step and the next.
+    """
     state, loader, topology = training.state, training.feed.loader, training.topology
     rows = loader.plan.rows_of_step(state.consumed_rows)
     factor = apply_schedule(training.parts.optimizer, training.cfg, step=state.step + 1)

@@ -55,8 +55,9 @@ def begin_step(
             "the first micro-batch of a step does not say what the step holds",
             fix="set MMBatch.step_counts, as the loader does",
         )
-    counts = [float(first.step_counts.targets), float(first.step_counts.tokens)]
-    totals = torch.tensor(counts, dtype=torch.float64, device=topology.device)
+    # Filled, not copied: a copy of pageable memory would wait for the device.
+    counts = (float(first.step_counts.targets), float(first.step_counts.tokens))
+    totals = torch.stack([torch.full((), count, dtype=torch.float64, device=topology.device) for count in counts])
     torch.distributed.all_reduce(totals, group=topology.groups.dp_cp)
     targets, tokens = totals
     for chunk in chunks:
@@ -64,21 +65,29 @@ def begin_step(
     return chain((first,), batches)
 
 
-def router_figures(
-    chunks: Sequence[DistributedDataParallel], *, cfg: RunConfig, topology: Topology
-) -> tuple[RouterFigures, ...]:
-    """Add up the books of every rank (every rank must call): each token was entered by exactly one of them."""
-    layers = [layer for layer, sparse in enumerate(sparse_layers(cfg)) if sparse]
-    if not layers:
-        return ()
+def router_totals(chunks: Sequence[DistributedDataParallel], *, cfg: RunConfig, topology: Topology) -> torch.Tensor:
+    """Add up the books of every rank (every rank must call): each token was entered by exactly one of them.
+
+    Returns:
+        fp64 [sparse layers of the model, 3 + E] on the device, columns as ``RouterLedger.totals``.
+    """
+    layers = _sparse(cfg)
     totals = torch.zeros(len(layers), LOAD + cfg.moe.num_moe_experts, dtype=torch.float64, device=topology.device)
     for chunk in chunks:
         ledger = chunk.module.router_ledger
         for layer, row in zip(ledger.layers, ledger.totals, strict=True):
             totals[layers.index(layer)] += row
-    torch.distributed.all_reduce(totals)
+    if layers:
+        torch.distributed.all_reduce(totals)
+    return totals
+
+
+def router_figures(values: Sequence[float], *, cfg: RunConfig) -> tuple[RouterFigures, ...]:
+    """Turn ``router_totals``, flattened and read from the device, into figures."""
+    layers, columns = _sparse(cfg), LOAD + cfg.moe.num_moe_experts
     figures = []
-    for layer, row in zip(layers, totals.tolist(), strict=True):
+    for index, layer in enumerate(layers):
+        row = values[index * columns : (index + 1) * columns]
         choices = max(1.0, sum(row[LOAD:]))
         tokens = choices / cfg.moe.moe_router_topk
         figures.append(
@@ -91,3 +100,7 @@ def router_figures(
             )
         )
     return tuple(figures)
+
+
+def _sparse(cfg: RunConfig) -> list[int]:
+    return [layer for layer, sparse in enumerate(sparse_layers(cfg)) if sparse]

@@ -1,11 +1,17 @@
-"""One optimizer step, and one forward-only pass, through megatron-core's schedules."""
+"""One optimizer step, and one forward-only pass, through megatron-core's schedules.
+
+A training step reads the device once: losses, router figures and gradient norm come together after the gradients are
+final, so that the device never waits for the host between the first forward and the last backward pass. Only the
+dispatch of sparse layers, which needs its token counts on the host, reads more. ``tests/training/test_host_sync.py``
+counts every read.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from itertools import tee
 
 import torch
@@ -19,10 +25,10 @@ from mm15_megatron.accounting import padded_vocab_size
 from mm15_megatron.batch import MMBatch
 from mm15_megatron.config.schema import RunConfig
 from mm15_megatron.models.schedule_plan import ChunkPlan
-from mm15_megatron.parallel.reduce import finalise_gradients, global_sum
+from mm15_megatron.parallel.reduce import finalise_gradients, global_sum, squared_gradient_norm
 from mm15_megatron.parallel.topology import Topology
-from mm15_megatron.training.losses import token_losses, vocabulary_shard
-from mm15_megatron.training.router_figures import RouterFigures, begin_step, router_figures
+from mm15_megatron.training.losses import LossKernels, loss_kernels, target_losses, vocabulary_shard
+from mm15_megatron.training.router_figures import RouterFigures, begin_step, router_figures, router_totals
 
 
 @dataclass(frozen=True)
@@ -40,6 +46,11 @@ class StepParts:
     topology: Topology
     chunks: Sequence[DistributedDataParallel]
     optimizer: ChainedOptimizer | None
+
+    @cached_property
+    def loss_kernels(self) -> LossKernels:
+        """How the loss is computed: fused by torch.compile with ``kernels.compile_fusions``."""
+        return loss_kernels(compiled=self.cfg.kernels.compile_fusions)
 
 
 @dataclass(frozen=True)
@@ -86,10 +97,18 @@ class StepOutput:
 
 
 class _Sums:
-    """Adds up the loss sums of one rank's micro-batches: [cross-entropy, squared lse, weight], fp64 on the device."""
+    """Adds up [cross-entropy, squared lse, weight], fp64 on the device.
+
+    Attributes:
+        total: over this rank's micro-batches; after :meth:`share` over the global batch, on every rank.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.total = torch.zeros(3, dtype=torch.float64, device=device)
+
+    def share(self, topology: Topology) -> torch.Tensor:
+        self.total = global_sum(self.total, topology)
+        return self.total
 
     def add(self, values: torch.Tensor) -> None:
         self.total += values.detach()
@@ -111,8 +130,12 @@ def train_step(parts: StepParts, batches: Iterator[MMBatch], *, num_microbatches
     for chunk in parts.chunks:
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
-    sums = accumulate_gradients(parts, batches, num_microbatches=num_microbatches)
-    grad_norm, applied = apply_gradients(optimizer, loss_is_finite=math.isfinite(sums.loss))
+    figures = accumulate_on_device(parts, batches, num_microbatches=num_microbatches)
+    overflow = optimizer.prepare_grads()
+    squared_norm = squared_gradient_norm(optimizer, device=parts.topology.device)
+    square, *values = torch.cat((squared_norm.double()[None], figures)).tolist()  # the step's read of the device
+    sums, grad_norm = _loss_sums(values, parts.cfg), math.sqrt(square)
+    applied = _update(optimizer, grad_norm, allowed=not overflow and math.isfinite(sums.loss))
     z_loss = sums.squared_lse / sums.weight if sums.weight else math.nan
     return StepOutput(sums.loss, z_loss, sums.weight, grad_norm, applied=applied, router=sums.router)
 
@@ -124,14 +147,19 @@ def apply_gradients(optimizer: ChainedOptimizer, *, loss_is_finite: bool = True)
         The global gradient norm before clipping (equal on every rank), and whether the parameters were updated.
     """
     overflow = optimizer.prepare_grads()
-    grad_norm = float(optimizer.get_grad_norm())
-    if overflow or not loss_is_finite or not math.isfinite(grad_norm):
-        return grad_norm, False
+    grad_norm = math.sqrt(squared_gradient_norm(optimizer, device=torch.cuda.current_device()).item())
+    return grad_norm, _update(optimizer, grad_norm, allowed=loss_is_finite and not overflow)
+
+
+def _update(optimizer: ChainedOptimizer, grad_norm: float, *, allowed: bool) -> bool:
+    """Clip and update the parameters from prepared gradients, if it is allowed and the norm is finite."""
+    if not allowed or not math.isfinite(grad_norm):
+        return False
     for part in optimizer.chained_optimizers:
         parameters = part.get_parameters()
         if parameters and part.config.clip_grad > 0:
             clip_grad_by_total_norm_fp32(parameters, max_norm=part.config.clip_grad, total_norm=grad_norm)
-    return grad_norm, bool(optimizer.step_with_ready_grads())
+    return bool(optimizer.step_with_ready_grads())
 
 
 def accumulate_gradients(parts: StepParts, batches: Iterator[MMBatch], *, num_microbatches: int) -> LossSums:
@@ -140,15 +168,26 @@ def accumulate_gradients(parts: StepParts, batches: Iterator[MMBatch], *, num_mi
     Raises:
         DataError: the model has experts and the first micro-batch does not carry ``step_counts``.
     """
+    return _loss_sums(accumulate_on_device(parts, batches, num_microbatches=num_microbatches).tolist(), parts.cfg)
+
+
+def accumulate_on_device(parts: StepParts, batches: Iterator[MMBatch], *, num_microbatches: int) -> torch.Tensor:
+    """What :func:`accumulate_gradients` does, with its sums left on the device: fp64, the losses' and the routers'."""
     cfg, topology = parts.cfg, parts.topology
     sums = _Sums(topology.device)
     batches = begin_step(parts.chunks, batches, cfg=cfg, topology=topology)
     set_gradient_hook(
         parts,
-        lambda chunks: finalise_gradients(chunks, target_weight=sums.total[2].float(), topology=topology),
+        lambda chunks: finalise_gradients(chunks, target_weight=sums.share(topology)[2].float(), topology=topology),
     )
     _run_schedule(parts, batches, sums, num_microbatches=num_microbatches, forward_only=False)
-    return replace(_global(sums, topology), router=router_figures(parts.chunks, cfg=cfg, topology=topology))
+    return torch.cat((sums.total, router_totals(parts.chunks, cfg=cfg, topology=topology).flatten()))
+
+
+def _loss_sums(values: Sequence[float], cfg: RunConfig) -> LossSums:
+    """Name what :func:`accumulate_on_device` returned, read from the device."""
+    cross_entropy, squared_lse, weight, *routers = values
+    return LossSums(cross_entropy, squared_lse, weight, router=router_figures(routers, cfg=cfg))
 
 
 @torch.no_grad()
@@ -160,7 +199,7 @@ def evaluate_step(parts: StepParts, batches: Iterator[MMBatch], *, num_microbatc
     _run_schedule(parts, batches, sums, num_microbatches=num_microbatches, forward_only=True)
     for chunk in parts.chunks:
         chunk.train()
-    return _global(sums, parts.topology)
+    return LossSums(*sums.share(parts.topology).tolist())
 
 
 def set_gradient_hook(parts: StepParts, hook: Callable[[Sequence[DistributedDataParallel]], None]) -> None:
@@ -209,11 +248,11 @@ def _forward_step(
         batch = replace(batch, tiles_N3HW=None, slots_NP=None)
     batch = batch.to(parts.topology.device)
     output = chunk.module.schedule_plan(batch) if return_schedule_plan else chunk(batch)
-    return output, partial(_loss, batch=batch, cfg=parts.cfg, topology=parts.topology, sums=sums)
+    return output, partial(_loss, batch=batch, parts=parts, sums=sums)
 
 
 def _loss(
-    logits_1TV: torch.Tensor, *, batch: MMBatch, cfg: RunConfig, topology: Topology, sums: _Sums
+    logits_1TV: torch.Tensor, *, batch: MMBatch, parts: StepParts, sums: _Sums
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
     """Weighted sum of token losses of one micro-batch (last stage only).
 
@@ -221,19 +260,18 @@ def _loss(
     """
     assert batch.labels_T is not None, "the last stage needs labels"
     assert batch.loss_mask_T is not None, "the last stage needs target weights"
-    language = cfg.language
-    shard = vocabulary_shard(
-        vocab_size=language.vocab_size, padded_size=padded_vocab_size(cfg), group=topology.groups.tp
-    )
+    language, topology = parts.cfg.language, parts.topology
     labels_T, weight_T = (topology.own_tokens(whole_T) for whole_T in (batch.labels_T, batch.loss_mask_T))
-    losses = token_losses(logits_1TV[0], labels_T, shard)
-    cross_entropy = (losses.cross_entropy_T * weight_T).sum()
-    squared_lse = (losses.squared_lse_T * weight_T).sum()
-    sums.add(torch.stack((cross_entropy.detach(), squared_lse.detach(), weight_T.sum())).double())
-    total = cross_entropy + language.z_loss_coeff * squared_lse
-    return total, torch.zeros((), dtype=torch.int, device=total.device), {}
-
-
-def _global(sums: _Sums, topology: Topology) -> LossSums:
-    cross_entropy, squared_lse, weight = global_sum(sums.total, topology).tolist()
-    return LossSums(cross_entropy, squared_lse, weight)
+    losses = target_losses(
+        logits_1TV.flatten(0, 1),  # a view; an index would make the gradient a second tensor of this size
+        labels_T,
+        weight_T,
+        shard=vocabulary_shard(
+            vocab_size=language.vocab_size, padded_size=padded_vocab_size(parts.cfg), group=topology.groups.tp
+        ),
+        kernels=parts.loss_kernels,
+        z_loss_coeff=language.z_loss_coeff,
+    )
+    per_token_3T = torch.stack((losses.cross_entropy_T, losses.squared_lse_T, torch.ones_like(weight_T)))
+    sums.add((per_token_3T * weight_T).sum(dim=1).double())
+    return losses.total, torch.zeros((), dtype=torch.int, device=topology.device), {}

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from megatron.core.optimizer import ChainedOptimizer
 
 from mm15_megatron.models import mm_model
 from mm15_megatron.models.image_merge import merge_image_tokens
@@ -16,7 +15,7 @@ from mm15_megatron.models.sparse_layer import SparseFeedForward
 from mm15_megatron.models.vision_encoder import VisionEncoder
 from mm15_megatron.parallel import reduce
 from mm15_megatron.parity import trace
-from mm15_megatron.training import optimizer
+from mm15_megatron.training import optimizer, step
 
 
 def wrong_positions() -> None:
@@ -31,8 +30,8 @@ def encoder_reduction_undone() -> None:
 
 def norm_counted_twice() -> None:
     """The gradient norm is that of two copies of the model."""
-    norm = ChainedOptimizer.get_grad_norm
-    ChainedOptimizer.get_grad_norm = lambda self: 2.0**0.5 * norm(self)
+    square = step.squared_gradient_norm
+    step.squared_gradient_norm = lambda optimizer, *, device: 2.0 * square(optimizer, device=device)
 
 
 def update_forgets_the_connector() -> None:
@@ -43,14 +42,14 @@ def update_forgets_the_connector() -> None:
         built = build(cfg, chunks)
         take = built.step_with_ready_grads
 
-        def step() -> bool:
+        def update() -> bool:
             kept = [(p, p.detach().clone()) for p in chunks[0].module.connector.parameters()]
             applied = take()
             for parameter, value in kept:
                 parameter.data.copy_(value)
             return applied
 
-        built.step_with_ready_grads = step
+        built.step_with_ready_grads = update
         return built
 
     trace.build_optimizer = without_connector

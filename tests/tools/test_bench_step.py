@@ -38,9 +38,32 @@ def test_both_loops_take_the_same_step() -> None:
         assert (update - ours[name]).abs().max() <= UPDATE_SHARE * LEARNING_RATE, name
 
 
+def times_of_two_steps() -> tuple[str, dict[str, object]]:
+    tool = load_tool("bench_step")
+    with ExitStack() as stack:
+        parts, batches = tool.build(resolve("debug_dense"), stack)
+        timings, operators = tool.measure(parts, batches, steps=2), tool.breakdown(parts, batches)
+        text, figures = tool.report(parts.cfg, timings, operators, command="bench")
+        return text, figures
+
+
+def test_a_run_says_where_the_difference_goes() -> None:
+    """Operators of both loops with their calls; what only one of them uses has none in the other."""
+    ((text, figures),) = run_on_ranks(times_of_two_steps, 1)
+    assert "| all operators | |" in text
+    assert len(figures["operators"]) == 10
+    differences = [abs(o["milliseconds"]["ours"] - o["milliseconds"]["bare"]) for o in figures["operators"]]
+    assert differences == sorted(differences, reverse=True)
+    assert all(o["calls"].keys() == {"bare", "ours"} for o in figures["operators"])
+
+
 def test_report_gives_the_ratio_of_pairs() -> None:
     tool = load_tool("bench_step")
     seconds = {"bare": [1.0, 2.0, 4.0], "ours": [1.1, 2.2, 4.4]}
-    text, figures = tool.report(resolve("debug_dense"), seconds, command="bench")
+    faults = {"bare": [7, 7, 7], "ours": [9, 9, 9]}
+    slower = tool.OperatorTime("aten::mm", {"bare": 3.0, "ours": 4.0}, {"bare": 10.0, "ours": 12.5})
+    text, figures = tool.report(resolve("debug_dense"), tool.Timings(seconds, faults), [slower], command="bench")
     assert figures["ratio"] == pytest.approx(1.1)
     assert "ours / bare: **1.100**" in text
+    assert "| ours | 2.2000 | 9 |" in text
+    assert "| aten::mm | 3 | 10.00 | 4 | 12.50 | +2.50 |" in text
