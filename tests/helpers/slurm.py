@@ -16,6 +16,9 @@ from pathlib import Path
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "srun", "sinfo")
 NODES = 2
+# Slurm holds a requeued job back for as long as its first credential lives (120 s by default). A second start before
+# that, forced with scontrol, may be refused as revoked: credentials tell times in whole seconds.
+CREDENTIAL_SECONDS = 20
 
 
 def why_not() -> str | None:
@@ -49,7 +52,7 @@ def _configuration(folder: Path, host: str) -> str:
         "SlurmUser=root",
         "SlurmdUser=root",
         "AuthType=auth/munge",
-        f"AuthInfo=socket={folder}/munge.sock",
+        f"AuthInfo=socket={folder}/munge.sock,cred_expire={CREDENTIAL_SECONDS}",
         "CryptoType=crypto/munge",
         "CommunicationParameters=NoCtldInAddrAny,NoInAddrAny",  # loopback only
         f"StateSaveLocation={folder}/state",
