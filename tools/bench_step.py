@@ -132,10 +132,12 @@ class Timings:
 
     Attributes:
         seconds: of each step.
+        processor: seconds that each step occupied a core: what other programs on the machine take is left out.
         page_faults: of each step: fresh memory that it touched, in pages.
     """
 
     seconds: dict[str, list[float]]
+    processor: dict[str, list[float]]
     page_faults: dict[str, list[int]]
 
 
@@ -168,13 +170,15 @@ def run_step(loop: str, parts: StepParts, batches: Sequence[MMBatch]) -> None:
 
 def measure(parts: StepParts, batches: Sequence[MMBatch], *, steps: int) -> Timings:
     """Time ``steps`` steps of each loop, in turn, after two of each that do not count."""
-    timings = Timings({name: [] for name in LOOPS}, {name: [] for name in LOOPS})
+    timings = Timings(*({name: [] for name in LOOPS} for _ in range(3)))
     for step in range(steps + 2):
         for name in LOOPS if step % 2 else reversed(LOOPS):
-            faults, started = resource.getrusage(resource.RUSAGE_SELF).ru_minflt, time.perf_counter()
+            faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            started, occupied = time.perf_counter(), time.process_time()
             run_step(name, parts, batches)
             if step >= 2:
                 timings.seconds[name].append(time.perf_counter() - started)
+                timings.processor[name].append(time.process_time() - occupied)
                 timings.page_faults[name].append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults)
     return timings
 
@@ -201,15 +205,30 @@ def breakdown(parts: StepParts, batches: Sequence[MMBatch]) -> list[OperatorTime
     return sorted(found.values(), key=lambda entry: -abs(entry.difference))
 
 
+@dataclass(frozen=True)
+class PairRatio:
+    """Ours divided by bare over the pairs of steps: median and quartiles."""
+
+    median: float
+    low: float
+    high: float
+
+
+def pair_ratio(values: dict[str, list[float]]) -> PairRatio:
+    """Divide each of our steps by the bare one of its pair."""
+    ratios = [ours / bare for ours, bare in zip(values["ours"], values["bare"], strict=True)]
+    low, _, high = statistics.quantiles(ratios, n=4)
+    return PairRatio(statistics.median(ratios), low, high)
+
+
 def report(
     cfg: RunConfig, timings: Timings, operators: Sequence[OperatorTime], *, command: str
 ) -> tuple[str, dict[str, Any]]:
     """Markdown text and figures."""
-    seconds = timings.seconds
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    medians = {name: statistics.median(values) for name, values in timings.seconds.items()}
+    occupied = {name: statistics.median(values) for name, values in timings.processor.items()}
     faults = {name: statistics.median(values) for name, values in timings.page_faults.items()}
-    ratios = [ours / bare for ours, bare in zip(seconds["ours"], seconds["bare"], strict=True)]
-    ratio, low, high = statistics.median(ratios), *statistics.quantiles(ratios, n=4)[::2]
+    ratio, processor_ratio = pair_ratio(timings.seconds), pair_ratio(timings.processor)
     machine = machine_facts()
     lines = [
         "# Our training step against a bare megatron-core loop",
@@ -219,18 +238,23 @@ def report(
         "Same model, batches and optimizer in one process, steps of both in turn; the docstring of the tool says what "
         "each loop does.",
         "",
-        "| loop | median seconds a step | page faults a step |",
-        "|---|---|---|",
-        *(f"| {name} | {value:.4f} | {faults[name]:.0f} |" for name, value in medians.items()),
+        "| loop | seconds a step (median) | seconds of a core | page faults |",
+        "|---|---|---|---|",
+        *(f"| {name} | {medians[name]:.4f} | {occupied[name]:.4f} | {faults[name]:.0f} |" for name in LOOPS),
         "",
-        f"ours / bare: **{ratio:.3f}** (median of {len(ratios)} pairs, quartiles {low:.3f} and {high:.3f})",
+        f"ours / bare: **{ratio.median:.3f}** of the time (median of {len(timings.seconds['ours'])} pairs, quartiles "
+        f"{ratio.low:.3f} and {ratio.high:.3f}); {processor_ratio.median:.3f} of the core's time (quartiles "
+        f"{processor_ratio.low:.3f} and {processor_ratio.high:.3f}), which other programs disturb less",
         "",
         *_operator_lines(operators),
     ]
     figures = {
-        "ratio": ratio,
-        "quartiles": [low, high],
+        "ratio": ratio.median,
+        "quartiles": [ratio.low, ratio.high],
+        "processor_ratio": processor_ratio.median,
+        "processor_quartiles": [processor_ratio.low, processor_ratio.high],
         "median_seconds": medians,
+        "median_processor_seconds": occupied,
         "page_faults": faults,
         "operators": [asdict(operator) for operator in operators[:LISTED]],
         "options": {"language": vars(cfg.language), "data.seq_length": cfg.data.seq_length},

@@ -169,6 +169,11 @@ TABLE: tuple[Row, ...] = (
         lambda s: s.cfg.kernels.recompute_granularity != "selective",
     ),
     Row(
+        "kernels.cuda_graph_warmup_steps",
+        "nothing is captured (kernels.cuda_graph_scope)",
+        lambda s: not s.cfg.kernels.cuda_graph_scope,
+    ),
+    Row(
         "kernels.moe_permute_fusion",
         "the model is dense (moe.num_moe_experts = 0)",
         lambda s: s.cfg.moe.num_moe_experts == 0,

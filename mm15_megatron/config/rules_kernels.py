@@ -9,6 +9,9 @@ from mm15_megatron.errors import ConfigError
 RECOMPUTED = ("core_attn", "layernorm", "mlp", "moe", "moe_act")
 """What selective recomputation knows (megatron-core's names)."""
 
+CAPTURED = ("mlp",)
+"""What CUDA graphs may hold (megatron-core's names)."""
+
 
 def _needs_cuda(config: RunConfig, world_size: int) -> None:
     kernels = config.kernels
@@ -73,4 +76,50 @@ def _recomputation(config: RunConfig, world_size: int) -> None:
         )
 
 
-KERNEL_RULES: tuple[Rule, ...] = (_needs_cuda, _needs_transformer_engine, _recomputation)
+def _cuda_graphs(config: RunConfig, world_size: int) -> None:
+    kernels, p = config.kernels, config.parallel
+    if kernels.cuda_graph_warmup_steps < 0:
+        raise ConfigError(
+            f"kernels.cuda_graph_warmup_steps = {kernels.cuda_graph_warmup_steps} is negative", fix="use 0 or more"
+        )
+    scope = kernels.cuda_graph_scope
+    if not scope:
+        return
+    what, off = f"kernels.cuda_graph_scope = {list(scope)}", "kernels.cuda_graph_scope=[]"
+    if unknown := [name for name in scope if name not in CAPTURED]:
+        raise ConfigError(
+            f"{what} names {unknown}, which have no static shapes", fix="choose from " + ", ".join(CAPTURED)
+        )
+    for name, found, needed in (
+        ("kernels.transformer_impl", kernels.transformer_impl, "transformer_engine"),
+        ("kernels.params_dtype", kernels.params_dtype, "bf16"),
+        ("parallel.overlap_moe_expert_parallel_comm", p.overlap_moe_expert_parallel_comm, False),
+        ("freeze.language", config.freeze.language, False),
+    ):
+        if found != needed:
+            needed_text = str(needed).lower() if isinstance(needed, bool) else needed
+            raise ConfigError(
+                f"{what} captures trained bf16 layers of Transformer Engine one by one, found {name} = {found}",
+                fix=f"set {name}={needed_text}, or {off}",
+            )
+    recomputed = kernels.recompute_granularity == "selective" and "mlp" in kernels.recompute_modules
+    if recomputed or kernels.recompute_granularity == "full":
+        raise ConfigError(
+            f"{what}: what a graph holds cannot be recomputed, found kernels.recompute_granularity = "
+            f"{kernels.recompute_granularity}" + (" with mlp in kernels.recompute_modules" if recomputed else ""),
+            fix=f"recompute selectively and without mlp, or set {off}",
+        )
+    if config.moe.num_moe_experts and config.moe.moe_layer_period == 1:
+        raise ConfigError(
+            f"{what}: every layer is sparse (moe.moe_layer_period = 1), and a sparse block has no static shapes",
+            fix=f"set {off}",
+        )
+    if p.pipeline_model_parallel_size > 1 and config.train.rampup_batch_size is not None:
+        raise ConfigError(
+            f"{what}: a pipeline's graphs are captured for one number of micro-batches, and train.rampup_batch_size = "
+            f"{config.train.rampup_batch_size} changes it",
+            fix=f"set train.rampup_batch_size=null, or {off}",
+        )
+
+
+KERNEL_RULES: tuple[Rule, ...] = (_needs_cuda, _needs_transformer_engine, _recomputation, _cuda_graphs)

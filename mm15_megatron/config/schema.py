@@ -312,6 +312,12 @@ class KernelConfig:
     )
     recompute_num_layers: int = option(1, "layers of one recomputed chunk (full)")
     recompute_vision: bool = option(False, "recompute every encoder block")
+    cuda_graph_scope: tuple[str, ...] = option(
+        (),
+        "what is replayed as CUDA graphs, with Transformer Engine: mlp (feed-forward blocks of dense decoder layers, "
+        "all that keeps its shapes)",
+    )
+    cuda_graph_warmup_steps: int = option(3, "steps after a start or a resume before graphs are captured")
     compile_fusions: bool = option(
         False, "torch.compile megatron-core's fused functions, RoPE and the loss (not bitwise equal to eager)"
     )

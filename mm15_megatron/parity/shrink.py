@@ -105,6 +105,7 @@ def reference_config(cfg: RunConfig, *, device: str, dtype: str) -> RunConfig:
         "kernels.transformer_impl": "local" if device == "cpu" else cfg.kernels.transformer_impl,
         "kernels.recompute_granularity": None,
         "kernels.recompute_vision": False,
+        "kernels.cuda_graph_scope": (),
         "kernels.compile_fusions": False,
         "data.batch_unit": "rows",
         "train.rampup_batch_size": None,

@@ -102,6 +102,8 @@ class Run:
         if cfg.parallel.tp_comm_overlap:
             stack.callback(open_tensor_parallel_buffers(cfg))
         parts = _build_parts(cfg, topology)
+        if parts.graphs is not None:
+            stack.callback(parts.graphs.close)
         if checkpoint is not None:
             load_training(checkpoint, cfg, parts.chunks, parts.optimizer)
         return cls._open_outputs(cfg, parts, Feed(loader), state, checkpoint, origins, stack)

@@ -124,6 +124,8 @@ def _kernels_text(cfg: RunConfig) -> str:
     if kernels.recompute_granularity is not None:
         what = "layers" if kernels.recompute_granularity == "full" else ", ".join(kernels.recompute_modules)
         names.append(f"recomputed: {what}")
+    if kernels.cuda_graph_scope:
+        names.append(f"CUDA graphs of {', '.join(kernels.cuda_graph_scope)}")
     return ", ".join(names)
 
 

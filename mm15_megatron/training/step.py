@@ -27,6 +27,7 @@ from mm15_megatron.config.schema import RunConfig
 from mm15_megatron.models.schedule_plan import ChunkPlan
 from mm15_megatron.parallel.reduce import finalise_gradients, global_sum, squared_gradient_norm
 from mm15_megatron.parallel.topology import Topology
+from mm15_megatron.training.cuda_graphs import LayerGraphs
 from mm15_megatron.training.losses import LossKernels, loss_kernels, target_losses, vocabulary_shard
 from mm15_megatron.training.router_figures import RouterFigures, begin_step, router_figures, router_totals
 
@@ -51,6 +52,13 @@ class StepParts:
     def loss_kernels(self) -> LossKernels:
         """How the loss is computed: fused by torch.compile with ``kernels.compile_fusions``."""
         return loss_kernels(compiled=self.cfg.kernels.compile_fusions)
+
+    @cached_property
+    def graphs(self) -> LayerGraphs | None:
+        """CUDA graphs of the layers; None without ``kernels.cuda_graph_scope``."""
+        if not self.cfg.kernels.cuda_graph_scope or self.optimizer is None:
+            return None
+        return LayerGraphs(self.cfg, self.chunks, self.optimizer)
 
 
 @dataclass(frozen=True)
@@ -127,6 +135,8 @@ def train_step(parts: StepParts, batches: Iterator[MMBatch], *, num_microbatches
     """
     optimizer = parts.optimizer
     assert optimizer is not None, "a training step needs an optimizer"
+    if parts.graphs is not None:
+        parts.graphs.before_step(num_microbatches=num_microbatches)
     for chunk in parts.chunks:
         chunk.zero_grad_buffer()
     optimizer.zero_grad()

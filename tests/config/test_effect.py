@@ -26,6 +26,7 @@ CONSTANT = "schedule.decay=constant"
 ADAFACTOR = "optimizer.name=adafactor"
 BF16 = "kernels.params_dtype=bf16"
 FP8, DELAYED = "precision.fp8=hybrid", "precision.fp8_recipe=delayed"
+TE = ["parallel.device=cuda", "kernels.transformer_impl=transformer_engine", "kernels.params_dtype=bf16"]
 FULL = "kernels.recompute_granularity=full"
 OVERLAP = "parallel.overlap_grad_reduce=true"
 TP2 = "parallel.tensor_model_parallel_size=2"
@@ -68,6 +69,7 @@ CASES = [
     ("parallel.grad_reduce_in_fp32=false", [], 2, [BF16], 2),
     ("kernels.recompute_num_layers=2", ["kernels.recompute_granularity=selective"], 1, [FULL], 1),
     ("kernels.recompute_modules=[mlp]", [FULL], 1, ["kernels.recompute_granularity=selective"], 1),
+    ("kernels.cuda_graph_warmup_steps=5", [], 1, ["kernels.cuda_graph_scope=[mlp]", *TE], 1),
     ("kernels.moe_permute_fusion=true", [], 1, [MOE], 1),
     ("precision.fp8_recipe=delayed", [], 1, [FP8], 1),
     ("precision.fp8_vision=true", [], 1, [FP8], 1),

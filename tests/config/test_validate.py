@@ -34,6 +34,7 @@ EP2 = "parallel.expert_model_parallel_size=2"
 TE = ["parallel.device=cuda", "kernels.transformer_impl=transformer_engine", "kernels.params_dtype=bf16"]
 FP8 = [*TE, "precision.fp8=hybrid"]
 SELECTIVE = "kernels.recompute_granularity=selective"
+GRAPHS = "kernels.cuda_graph_scope=[mlp]"
 
 CASES = [
     ("_ranges", 1, ["train.steps=0"], "train.steps = 0 is out of range"),
@@ -184,6 +185,31 @@ CASES = [
     ("_recomputation", 1, [SELECTIVE, "kernels.recompute_modules=[layernorm]"], "recompute mlp or moe instead"),
     ("_recomputation", 1, [SELECTIVE, "kernels.recompute_modules=[moe]"], "the model has no experts"),
     ("_recomputation", 1, [*TE, SELECTIVE, MOE, "kernels.recompute_modules=[moe, moe_act]"], "keep one of them"),
+    ("_cuda_graphs", 1, ["kernels.cuda_graph_warmup_steps=-1"], "cuda_graph_warmup_steps = -1 is negative"),
+    ("_cuda_graphs", 1, [*TE, "kernels.cuda_graph_scope=[attn]"], r"names \['attn'\], which have no static"),
+    ("_cuda_graphs", 1, [GRAPHS, "parallel.device=cuda"], "found kernels.transformer_impl = local"),
+    ("_cuda_graphs", 1, [GRAPHS, *TE[:2]], "found kernels.params_dtype = fp32"),
+    ("_cuda_graphs", 1, [GRAPHS, *TE, "freeze.language=true"], "found freeze.language = True"),
+    (
+        "_cuda_graphs",
+        1,
+        [GRAPHS, *TE, MOE, "parallel.overlap_moe_expert_parallel_comm=true"],
+        "set parallel.overlap_moe_expert_parallel_comm=false, or",
+    ),
+    (
+        "_cuda_graphs",
+        1,
+        [GRAPHS, *TE, SELECTIVE, "kernels.recompute_modules=[core_attn, mlp]"],
+        "selective with mlp in kernels.recompute_modules",
+    ),
+    ("_cuda_graphs", 1, [GRAPHS, *TE, "kernels.recompute_granularity=full"], "recompute_granularity = full\n"),
+    ("_cuda_graphs", 1, [GRAPHS, *TE, MOE, "moe.moe_layer_period=1"], "every layer is sparse"),
+    (
+        "_cuda_graphs",
+        2,
+        [GRAPHS, *TE, PP2, "train.rampup_batch_size=[4, 4, 10]"],
+        "captured for one number of micro-batches",
+    ),
     ("_fp8_needs", 1, ["precision.fp8=hybrid"], "needs Transformer Engine on a GPU, found parallel.device = cpu"),
     ("_fp8_needs", 1, ["precision.fp8=e4m3", "parallel.device=cuda"], "kernels.transformer_impl = local"),
     ("_fp8_needs", 1, [*FP8[:2], "precision.fp8=hybrid"], "quantises bf16 layers"),

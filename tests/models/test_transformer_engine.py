@@ -13,6 +13,7 @@ import torch
 
 from mm15_megatron.checkpoint.schema import amax_to_load
 from mm15_megatron.config.parse import apply_overrides
+from mm15_megatron.errors import BackendError
 from mm15_megatron.models.backend import resolve_backend, transformer_engine_problem
 from mm15_megatron.models.fp8_state import amax_states, open_tables
 from mm15_megatron.models.global_parameters import global_parameters
@@ -20,6 +21,8 @@ from mm15_megatron.models.initialise import initialise
 from mm15_megatron.models.mm_model import MM15Model
 from mm15_megatron.parallel.topology import Topology
 from mm15_megatron.presets import resolve
+from mm15_megatron.training.cuda_graphs import LayerGraphs
+from mm15_megatron.training.optimizer import build_optimizer, wrap_chunks
 
 PROBLEM = transformer_engine_problem()
 pytestmark = [
@@ -147,3 +150,21 @@ def test_newest_steps_of_another_history_are_kept(one_rank: Topology, length: in
 def test_a_checkpoint_without_amax_starts_afresh(one_rank: Topology) -> None:
     model = built(one_rank, "debug_dense", "transformer_engine", *DELAYED)
     assert amax_to_load([model], {"model.x": (1,)}).tensors == {}
+
+
+@pytest.mark.usefixtures("hopper")
+def test_graphs_hold_the_dense_layers(one_rank: Topology, monkeypatch: pytest.MonkeyPatch) -> None:
+    """megatron-core's capture finds them behind our wrappers; a sparse layer's shapes are not static."""
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: torch.device("cpu"))
+    options = ("kernels.cuda_graph_scope=[mlp]", "kernels.transformer_impl=transformer_engine")
+    cfg = apply_overrides(resolve("debug_moe"), [*options, "kernels.params_dtype=bf16"])
+    chunks = wrap_chunks(cfg, [built(one_rank, "debug_moe", "transformer_engine", options[0])])
+    graphs = LayerGraphs(cfg, chunks, build_optimizer(cfg, chunks))
+    decoder = chunks[0].module.language_model.decoder.layers
+    assert graphs.helper.flattened_callables == [decoder[0], decoder[2]]
+    assert graphs.helper.seq_length == cfg.data.seq_length * cfg.train.micro_batch_size
+    static = decoder[0].get_layer_static_inputs(graphs.helper.seq_length, 1)
+    assert list(static) == ["hidden_states"]
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    with pytest.raises(BackendError, match="set NCCL_GRAPH_REGISTER=0"):
+        LayerGraphs(cfg, chunks, graphs.helper.optimizers[0])

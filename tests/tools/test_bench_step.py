@@ -60,10 +60,14 @@ def test_a_run_says_where_the_difference_goes() -> None:
 def test_report_gives_the_ratio_of_pairs() -> None:
     tool = load_tool("bench_step")
     seconds = {"bare": [1.0, 2.0, 4.0], "ours": [1.1, 2.2, 4.4]}
+    processor = {"bare": [1.0, 1.0, 1.0], "ours": [1.0, 1.02, 1.04]}
     faults = {"bare": [7, 7, 7], "ours": [9, 9, 9]}
     slower = tool.OperatorTime("aten::mm", {"bare": 3.0, "ours": 4.0}, {"bare": 10.0, "ours": 12.5})
-    text, figures = tool.report(resolve("debug_dense"), tool.Timings(seconds, faults), [slower], command="bench")
+    text, figures = tool.report(
+        resolve("debug_dense"), tool.Timings(seconds, processor, faults), [slower], command="bench"
+    )
     assert figures["ratio"] == pytest.approx(1.1)
+    assert figures["processor_ratio"] == pytest.approx(1.02)
     assert "ours / bare: **1.100**" in text
-    assert "| ours | 2.2000 | 9 |" in text
+    assert "| ours | 2.2000 | 1.0200 | 9 |" in text
     assert "| aten::mm | 3 | 10.00 | 4 | 12.50 | +2.50 |" in text
