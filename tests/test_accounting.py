@@ -291,6 +291,24 @@ def test_memory_of_attention_pooling():
     assert kept[0] - kept[1] == 4 * tiles * (2 * 16 * (32 + 16) + 2 * 4 * 16)
 
 
+@pytest.mark.parametrize(
+    ("seq_length", "overrides", "bytes_of_a_column"),
+    [
+        ("data.seq_length=2048", ["kernels.params_dtype=fp32"], 4 * 4096),
+        ("data.seq_length=2048", ["kernels.params_dtype=bf16"], 2 * 4096 + 4 * 1024),  # and a widened chunk
+        ("data.seq_length=2048", ["kernels.params_dtype=bf16", "kernels.compile_fusions=true"], 2 * 4096),
+        ("data.seq_length=256", ["kernels.params_dtype=bf16"], 2 * 512 + 4 * 512),
+    ],
+)
+def test_memory_of_the_loss(seq_length: str, overrides: list[str], bytes_of_a_column: int):
+    """Logits of two rows, and their gradient in the same place."""
+    cfg = apply_overrides(resolve("debug_dense"), [seq_length, "train.micro_batch_size=2", *overrides])
+    wide = replace(cfg, language=replace(cfg.language, vocab_size=cfg.language.vocab_size + 1024))
+    more = memory_estimate(wide, world_size=1).activations - memory_estimate(cfg, world_size=1).activations
+    assert padded_vocab_size(wide) - padded_vocab_size(cfg) == 1024
+    assert more == 1024 * bytes_of_a_column
+
+
 def test_pipeline_split_of_small_models():
     pp2 = ["parallel.pipeline_model_parallel_size=2"]
     assert pipeline_layer_split(resolve("debug_dense")) == (4,)

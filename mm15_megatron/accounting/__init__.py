@@ -23,6 +23,7 @@ from mm15_megatron.accounting.flops import (
     vision_forward_flops,
 )
 from mm15_megatron.accounting.memory import (
+    LOSS_CHUNK_TOKENS,
     MemoryEstimate,
     memory_estimate,
 )
@@ -48,6 +49,7 @@ from mm15_megatron.accounting.pipeline import (
 )
 
 __all__ = [
+    "LOSS_CHUNK_TOKENS",
     "ForwardFlops",
     "LanguageParameters",
     "MemoryEstimate",

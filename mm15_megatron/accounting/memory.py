@@ -21,12 +21,16 @@ from mm15_megatron.accounting.pipeline import stage_layers
 from mm15_megatron.config.schema import RunConfig
 from mm15_megatron.config.validate import data_parallel_size, expert_tensor_size
 
+LOSS_CHUNK_TOKENS = 1024
+"""Tokens whose losses are computed at a time."""
+
 
 @dataclass(frozen=True)
 class MemoryEstimate:
     """Bytes on one rank.
 
-    Activations are an estimate: what the backward pass keeps, without workspaces or fragmentation. What FP8 adds and
+    Activations are an estimate: what the backward pass keeps, without workspaces, communication buffers, the static
+    buffers of CUDA graphs or fragmentation. What FP8 adds and
     saves is modelled on Transformer Engine 2.11, which builds nothing without a GPU: a weight has an FP8 copy for each
     of the two directions it is multiplied in (with ``fp8_param_gather`` these are the weight), and what enters a linear
     layer is kept in FP8.
@@ -156,7 +160,9 @@ def _activation_bytes(cfg: RunConfig, *, stage: int) -> float:
     in_flight = _micro_batches_in_flight(cfg, stage=stage)
     total = float(tokens * per_token * in_flight)
     if stage == p.pipeline_model_parallel_size - 1:
-        total += 2 * 4 * tokens * padded_vocab_size(cfg) / p.tensor_model_parallel_size
+        # The gradient takes the place of the logits; without fused kernels a chunk of bf16 ones is widened.
+        widened = 4 * min(tokens, LOSS_CHUNK_TOKENS) if width == 2 and not cfg.kernels.compile_fusions else 0
+        total += (width * tokens + widened) * padded_vocab_size(cfg) / p.tensor_model_parallel_size
     if stage == 0 and not cfg.freeze.vision:
         sharing = p.tensor_model_parallel_size * p.context_parallel_size
         tiles = planned_tiles_per_row(cfg) * cfg.train.micro_batch_size / sharing

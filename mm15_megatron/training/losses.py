@@ -15,7 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch.distributed import ProcessGroup
 
-CHUNK_TOKENS = 1024
+from mm15_megatron.accounting import LOSS_CHUNK_TOKENS
+
+CHUNK_TOKENS = LOSS_CHUNK_TOKENS
 _LOWEST = torch.finfo(torch.float32).min
 
 Statistics = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]
