@@ -118,7 +118,7 @@ def set_step(optimizer: MegatronOptimizer, step: int) -> None:
         _create_moments(inner)
         if isinstance(inner, torch.optim.AdamW):
             for state in inner.state.values():
-                state["step"] = torch.tensor(float(step), dtype=torch.float32)
+                state["step"].fill_(step)
         else:
             for group in inner.param_groups:
                 group["step"] = step
@@ -167,7 +167,9 @@ def _create_moments(inner: torch.optim.Optimizer) -> None:
             state["exp_avg"] = torch.zeros_like(parameter, requires_grad=False)
             state["exp_avg_sq"] = torch.zeros_like(parameter, requires_grad=False)
             if isinstance(inner, torch.optim.AdamW):
-                state["step"] = torch.zeros((), dtype=torch.float32)
+                # torch's fused kernel reads the count where the parameter is, the others read it on the host
+                place = parameter.device if group["fused"] else torch.device("cpu")
+                state["step"] = torch.zeros((), dtype=torch.float32, device=place)
 
 
 def _counts(inner: torch.optim.Optimizer) -> set[int]:

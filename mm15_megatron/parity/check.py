@@ -61,7 +61,7 @@ def this_machine(device: str) -> Machine:
         raise BackendError(
             f"--device cuda, but torch {torch.__version__} finds no usable CUDA device", fix="use --device cpu"
         )
-    return Machine(device, torch.cuda.mem_get_info()[0], cores)
+    return Machine(device, torch.cuda.mem_get_info()[0], cores, devices=torch.cuda.device_count())
 
 
 def check_parity(

@@ -1,7 +1,8 @@
-"""Run a function on several ranks of this machine, each a real process from one preloaded forkserver.
+"""Run a function on several ranks of this machine, each a real process.
 
-A forkserver imports torch and megatron-core once; every rank is then a fork of it, so a four-rank job starts in a
-fraction of a second. Ranks meet through a file, use one thread each, and report their result or their traceback with
+On the CPU a forkserver imports torch and megatron-core once; every rank is then a fork of it, so a four-rank job starts
+in a fraction of a second. On GPUs every rank starts afresh: megatron-core asks torch for devices while it is imported,
+and torch then refuses CUDA in a fork. Ranks meet through a file, use one thread each, and report their result or their traceback with
 the rank's number.
 """
 
@@ -69,8 +70,9 @@ def run_on_ranks(
     Raises:
         RankFailure: if any rank fails; the others are ended.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(_PRELOAD)
+    context = multiprocessing.get_context("forkserver" if device == "cpu" else "spawn")
+    if device == "cpu":
+        context.set_forkserver_preload(_PRELOAD)
     with tempfile.TemporaryDirectory(prefix="ranks") as folder:
         pipes, processes = [], []
         for rank in range(world_size):

@@ -49,11 +49,13 @@ class Machine:
         device: cpu or cuda.
         memory: free bytes, of the host or of one GPU.
         cores: CPU cores.
+        devices: GPUs; 0 on the CPU, which runs any number of ranks.
     """
 
     device: str
     memory: float
     cores: int
+    devices: int = 0
 
 
 @dataclass(frozen=True)
@@ -77,8 +79,11 @@ def prepare_config(
     """Return the configuration of the reference run, shrunk if it does not fit (``RULE``).
 
     Raises:
-        ConfigError: it does not fit and ``keep_size`` is set, or a layout cannot train the result.
+        ConfigError: it does not fit and ``keep_size`` is set, a layout cannot train the result, or has more ranks than
+            the machine has GPUs.
     """
+    if machine.device == "cuda":
+        _check_devices(layouts, devices=machine.devices)
     one_rank = reference_config(cfg, device=machine.device, dtype=dtype)
     reason = why_it_does_not_fit(one_rank, layouts, machine=machine, steps=steps)
     config = one_rank
@@ -89,6 +94,21 @@ def prepare_config(
     for layout in layouts:
         check_layout(config, layout)
     return Prepared(config, tuple(diff(cfg, one_rank)), tuple(diff(one_rank, config)))
+
+
+def ranks_of(layout: Layout) -> int:
+    """Return how many ranks a layout takes, those it is saved in included."""
+    return max(one.world_size for one in (layout.saved_in, layout) if one is not None)
+
+
+def _check_devices(layouts: Sequence[Layout], *, devices: int) -> None:
+    too_large = [layout.name for layout in layouts if ranks_of(layout) > devices]
+    if too_large:
+        fitting = [layout.name for layout in layouts if ranks_of(layout) <= devices]
+        raise ConfigError(
+            f"{len(too_large)} layouts have more ranks than this machine's {devices} GPU(s): {', '.join(too_large)}",
+            fix=f"use --layouts {','.join(fitting)}" if fitting else "use layouts of fewer ranks, or --device cpu",
+        )
 
 
 def reference_config(cfg: RunConfig, *, device: str, dtype: str) -> RunConfig:

@@ -91,12 +91,23 @@ def test_what_fits_is_left_alone() -> None:
     [
         (Machine("cpu", memory=2**20, cores=2), "GiB are free"),
         (Machine("cpu", memory=2**50, cores=2), "minutes of arithmetic"),
-        (Machine("cuda", memory=2**35, cores=2), "GiB are free"),
+        (Machine("cuda", memory=2**35, cores=2, devices=2), "GiB are free"),
     ],
 )
 def test_keep_size_refuses(machine: Machine, reason: str) -> None:
     with pytest.raises(ConfigError, match=reason):
         prepared("mm1_30b", "tp2", machine=machine, keep_size=True)
+
+
+def test_more_ranks_than_gpus_are_refused() -> None:
+    """Saving layouts count too; the fix names those that fit."""
+    machine = Machine("cuda", memory=2**50, cores=2, devices=1)
+    with pytest.raises(ConfigError, match=r"2 layouts .* this machine's 1 GPU.*: tp2, resume:dp2>one") as refused:
+        prepared("debug_dense", "accum4,tp2,resume:dp2>one,packed", machine=machine)
+    assert "use --layouts accum4,packed" in str(refused.value)
+    assert prepared("debug_dense", "accum4,packed", machine=machine).config.parallel.device == "cuda"
+    with pytest.raises(ConfigError, match="or --device cpu"):
+        prepared("debug_dense", "tp2", machine=machine)
 
 
 @pytest.mark.parametrize(
