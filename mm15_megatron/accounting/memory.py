@@ -176,34 +176,48 @@ def _recomputed(cfg: RunConfig) -> tuple[str, ...]:
 
 
 def _layer_activations(cfg: RunConfig, *, sparse: bool) -> float:
-    """Return the values a decoder layer keeps for each token (flash attention: no score matrix)."""
+    """Return the values a decoder layer keeps for each token (flash attention: no score matrix).
+
+    Recomputing the core attention spares nothing here: its inputs and its result, which the projection multiplies, are
+    kept all the same.
+    """
     language, tp, recomputed = cfg.language, cfg.parallel.tensor_model_parallel_size, _recomputed(cfg)
     h, shard = language.hidden_size, tp if cfg.parallel.sequence_parallel else 1
     if cfg.kernels.recompute_granularity == "full":
         return h / shard / cfg.kernels.recompute_num_layers
     q = language.num_attention_heads * language.kv_channels
     kv = language.num_query_groups * language.kv_channels
-    attention = 0 if "core_attn" in recomputed else q
+    attention = 2 * h / shard + (2 * q + 2 * kv) / tp  # residual, norm; queries, keys, values, result
     branches = 3 if language.activation == "swiglu" else 2
-    if ("moe" if sparse else "mlp") in recomputed:
-        branches = 0
-    elif sparse and "moe_act" in recomputed:
-        branches -= 1  # the product of the activation
-    inner = branches * language.ffn_hidden_size * (cfg.moe.moe_router_topk if sparse else 1)
-    normed = 2 * ("layernorm" not in recomputed)
-    return (2 + normed) * h / shard + (q + 2 * kv + attention + inner) / tp
+    if not sparse:
+        inner = 0 if "mlp" in recomputed else branches * language.ffn_hidden_size / tp
+        return attention + 2 * h / shard + inner
+    inner = 0.0
+    if "moe" not in recomputed:
+        kept = branches - ("moe_act" in recomputed)  # the product of the activation
+        # tokens as they are sent to the experts, and what these keep of them
+        inner = cfg.moe.moe_router_topk * (h * expert_tensor_size(cfg) + kept * language.ffn_hidden_size) / tp
+    return attention + (2 - ("layernorm" in recomputed)) * h / shard + inner
 
 
 def _linear_inputs(cfg: RunConfig, *, sparse: bool) -> float:
-    """Return how many of the values kept for each token enter a linear layer alone, so that FP8 halves them."""
+    """Return how many of the values kept for each token enter a linear layer alone, so that FP8 halves them.
+
+    The result of the attention is kept beside its FP8 copy, which takes half of it once more; the norm before a sparse
+    block feeds the router too.
+    """
     language, tp, recomputed = cfg.language, cfg.parallel.tensor_model_parallel_size, _recomputed(cfg)
     if cfg.kernels.recompute_granularity == "full":
         return 0.0
-    shard = tp if cfg.parallel.sequence_parallel else 1
-    normed = 0 if "layernorm" in recomputed else 2 * language.hidden_size / shard
-    if {"moe", "moe_act"} & set(recomputed) if sparse else "mlp" in recomputed:
-        return normed
-    return normed + language.ffn_hidden_size * (cfg.moe.moe_router_topk if sparse else 1) / tp
+    h, shard = language.hidden_size, tp if cfg.parallel.sequence_parallel else 1
+    attention = h / shard - language.num_attention_heads * language.kv_channels / tp
+    if not sparse:
+        inner = 0 if "mlp" in recomputed else language.ffn_hidden_size / tp
+        return attention + h / shard + inner
+    if "moe" in recomputed:
+        return attention
+    product = 0 if "moe_act" in recomputed else language.ffn_hidden_size
+    return attention + cfg.moe.moe_router_topk * (h * expert_tensor_size(cfg) + product) / tp
 
 
 def _tile_activations(cfg: RunConfig) -> float:

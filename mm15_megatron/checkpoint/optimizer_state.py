@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
+from megatron.core.fp8_utils import is_float8tensor, post_all_gather_processing
 from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
@@ -134,7 +135,19 @@ def publish_masters(optimizer: MegatronOptimizer, chunks: Sequence[DistributedDa
     # A rank that owns no shard still takes part in the gather, so the chunks decide, not the optimizer.
     for chunk in chunks:
         if chunk.ddp_config.use_distributed_optimizer:
-            chunk.start_param_sync(force_sync=True)
+            gather_parameters(chunk)
+
+
+def gather_parameters(chunk: DistributedDataParallel) -> None:
+    """Fetch every parameter from the ranks that updated it, now (every rank of the data-parallel group must call).
+
+    An FP8 weight has a second copy for the other direction of its matrix product. megatron-core makes it follow after
+    each gather but this one: a forced gather of overlapping buckets.
+    """
+    chunk.start_param_sync(force_sync=True)
+    quantised = [parameter for parameter in chunk.parameters() if is_float8tensor(parameter)]
+    if quantised and chunk.ddp_config.overlap_param_gather:
+        post_all_gather_processing(quantised)
 
 
 def _mains(part: MegatronOptimizer) -> Iterator[tuple[nn.Parameter, torch.Tensor]]:

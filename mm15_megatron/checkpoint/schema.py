@@ -25,6 +25,7 @@ from torch import nn
 
 from mm15_megatron.checkpoint.optimizer_state import (
     KINDS,
+    gather_parameters,
     get_step,
     pieces,
     publish_masters,
@@ -85,7 +86,7 @@ def state_to_save(
     """Describe what this rank writes; every rank must call (shards of the distributed optimizer are gathered)."""
     for chunk in chunks:
         if chunk.ddp_config.overlap_param_gather:
-            chunk.start_param_sync(force_sync=True)  # otherwise the next forward pass would fetch the last update
+            gather_parameters(chunk)  # otherwise the next forward pass would fetch the last update
     mine = _written_here(list(global_parameters(unwrapped(chunks))))
     tensors = {}
     for item in mine.values():

@@ -210,8 +210,8 @@ def load_training(
     wanted = schema.training_to_load(chunks, optimizer, optimizer_step=checkpoint.optimizer_step)
     scaling = schema.amax_to_load(chunks, torch_dist.stored_shapes(tensors))
     loaded = torch_dist.load_tensors({**wanted.tensors, **scaling.tensors}, tensors)
+    scaling.restore(loaded)  # first: weights kept in FP8 are cast by these scales
     wanted.restore(loaded)
-    scaling.restore(loaded)
 
 
 def load_weights(checkpoint: Checkpoint, cfg: RunConfig, chunks: Sequence[nn.Module]) -> None:

@@ -184,7 +184,7 @@ TABLE: tuple[Row, ...] = (
         lambda s: s.cfg.precision.fp8 is None,
     ),
     Row(
-        "precision.fp8_margin precision.fp8_amax_history_len precision.fp8_amax_compute_algo precision.fp8_wgrad",
+        "precision.fp8_margin precision.fp8_amax_history_len precision.fp8_amax_compute_algo",
         "they belong to FP8 with precision.fp8_recipe = delayed",
         lambda s: s.cfg.precision.fp8 is None or s.cfg.precision.fp8_recipe != "delayed",
     ),

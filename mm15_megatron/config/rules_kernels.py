@@ -63,10 +63,11 @@ def _recomputation(config: RunConfig, world_size: int) -> None:
             "Engine's layers alone",
             fix="recompute mlp or moe instead, or set kernels.transformer_impl=transformer_engine",
         )
-    sparse = [name for name in kernels.recompute_modules if name in ("moe", "moe_act")]
+    sparse = [name for name in kernels.recompute_modules if name in ("moe", "moe_act", "layernorm")]
     if sparse and not config.moe.num_moe_experts:
         raise ConfigError(
-            f"kernels.recompute_modules holds {', '.join(sparse)}, but the model has no experts",
+            f"kernels.recompute_modules holds {', '.join(sparse)}, but the model has no experts"
+            + (", and other norms are part of the linear layer behind them" if "layernorm" in sparse else ""),
             fix="recompute mlp instead",
         )
     if {"moe", "moe_act"} <= set(kernels.recompute_modules):
@@ -78,10 +79,6 @@ def _recomputation(config: RunConfig, world_size: int) -> None:
 
 def _cuda_graphs(config: RunConfig, world_size: int) -> None:
     kernels, p = config.kernels, config.parallel
-    if kernels.cuda_graph_warmup_steps < 0:
-        raise ConfigError(
-            f"kernels.cuda_graph_warmup_steps = {kernels.cuda_graph_warmup_steps} is negative", fix="use 0 or more"
-        )
     scope = kernels.cuda_graph_scope
     if not scope:
         return

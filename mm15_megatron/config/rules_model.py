@@ -63,7 +63,7 @@ _RANGES: dict[_Range, tuple[str, ...]] = {
         "vision.position_grid_size data.num_workers tiling.max_split_images",
         "train.validation_interval train.threads_per_rank train.seed optimizer.weight_decay optimizer.clip_grad",
         "schedule.warmup_steps checkpoint.save_interval checkpoint.keep precision.fp8_margin",
-        "precision.num_layers_at_start_in_bf16 precision.num_layers_at_end_in_bf16",
+        "precision.num_layers_at_start_in_bf16 precision.num_layers_at_end_in_bf16 kernels.cuda_graph_warmup_steps",
     ),
     _POSITIVE: (
         "language.norm_epsilon language.rotary_base language.init_method_std moe.moe_expert_capacity_factor",

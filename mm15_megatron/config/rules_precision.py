@@ -1,7 +1,8 @@
 """Rules of FP8: what Transformer Engine and megatron-core ask of a recipe, checked before a process group exists.
 
 The sizes are those of Transformer Engine 2.11: a quantised matrix has a multiple of 16 in both dimensions, of 32 with
-mxfp8, and under sequence parallelism blockwise scaling gathers whole blocks of 128 rows.
+mxfp8, and under sequence parallelism blockwise scaling gathers whole blocks of 128 rows and
+128 columns.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from mm15_megatron.config.rule import Rule, divides
 from mm15_megatron.config.rules_experts import expert_tensor_size
 from mm15_megatron.config.schema import RunConfig
 from mm15_megatron.errors import ConfigError
+
+_BLOCK = 128
 
 
 def fp8_alignment(recipe: str) -> int:
@@ -44,6 +47,12 @@ def _fp8_first_and_last_layers(config: RunConfig, world_size: int) -> None:
             fix="use another precision.fp8_recipe, or set precision.first_last_layers_bf16=false",
         )
     start, end = precision.num_layers_at_start_in_bf16, precision.num_layers_at_end_in_bf16
+    if start + end == 0:
+        raise ConfigError(
+            f"precision.first_last_layers_bf16 with num_layers_at_start_in_bf16 = {start} and "
+            f"num_layers_at_end_in_bf16 = {end} keeps no layer in bf16",
+            fix="keep at least one at either end, or set precision.first_last_layers_bf16=false",
+        )
     most = layers // config.parallel.pipeline_model_parallel_size
     if max(start, end) > most or start + end > layers:
         raise ConfigError(
@@ -61,6 +70,12 @@ def _fp8_parameter_gather(config: RunConfig, world_size: int) -> None:
         raise ConfigError(
             "precision.fp8_param_gather needs layers that compute in FP8, and precision.fp8 is null",
             fix="set precision.fp8=hybrid, or precision.fp8_param_gather=false",
+        )
+    if precision.fp8_recipe == "mxfp8":
+        raise ConfigError(
+            "precision.fp8_param_gather with precision.fp8_recipe = mxfp8: megatron-core passes these weights through "
+            "the gradient buffer, which is cleared between two steps",
+            fix="set precision.fp8_param_gather=false, or choose another precision.fp8_recipe",
         )
     if not config.parallel.use_distributed_optimizer or config.optimizer.name != "adamw":
         raise ConfigError(
@@ -106,7 +121,7 @@ def _fp8_tokens(config: RunConfig, world_size: int) -> None:
     if p.sequence_parallel:
         shards *= p.tensor_model_parallel_size
         by += f" x tensor_model_parallel_size {p.tensor_model_parallel_size}"
-        size = 128 if precision.fp8_recipe == "blockwise" else size
+        size = _BLOCK if precision.fp8_recipe == "blockwise" else size
     tokens = config.data.seq_length * config.train.micro_batch_size
     divides(
         "data.seq_length x train.micro_batch_size",
@@ -125,6 +140,14 @@ def _fp8_widths(config: RunConfig, world_size: int) -> None:
     tp, size = p.tensor_model_parallel_size, fp8_alignment(precision.fp8_recipe)
     query = language.num_attention_heads * language.kv_channels
     key_value = language.num_query_groups * language.kv_channels
+    if precision.fp8_recipe == "blockwise" and p.sequence_parallel:
+        divides(
+            "language.hidden_size",
+            language.hidden_size,
+            by=f"{_BLOCK}, the blocks that precision.fp8_recipe = blockwise gathers under sequence parallelism",
+            divisor=_BLOCK,
+            fix="change the width, set parallel.sequence_parallel=false, or choose another precision.fp8_recipe",
+        )
     sides = {
         "language.hidden_size": (language.hidden_size, 1),
         "language.num_attention_heads x kv_channels": (query, tp),

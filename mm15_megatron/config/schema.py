@@ -307,8 +307,8 @@ class KernelConfig:
     )
     recompute_modules: tuple[str, ...] = option(
         ("core_attn",),
-        "what selective recomputes: core_attn, mlp, moe (a sparse block); with Transformer Engine also layernorm, "
-        "moe_act (activation of grouped experts)",
+        "what selective recomputes: core_attn, mlp, moe (a sparse block); with Transformer Engine also layernorm "
+        "(before a sparse block; the others are part of a linear layer), moe_act (activation of grouped experts)",
     )
     recompute_num_layers: int = option(1, "layers of one recomputed chunk (full)")
     recompute_vision: bool = option(False, "recompute every encoder block")
@@ -340,9 +340,12 @@ class PrecisionConfig:
         choices=("tensorwise", "delayed", "blockwise", "mxfp8"),
     )
     fp8_margin: int = option(0, "delayed scaling: powers of two between the largest value and the format's maximum")
-    fp8_amax_history_len: int = option(1024, "delayed scaling: steps of amax that are remembered")
+    fp8_amax_history_len: int = option(
+        1024,
+        "delayed scaling: amax of how many passes are remembered; a micro-batch is one, and one more for the "
+        "encoder in FP8 and for each recomputed block",
+    )
     fp8_amax_compute_algo: str = option("max", "delayed scaling: amax of a history", choices=("max", "most_recent"))
-    fp8_wgrad: bool = option(True, "delayed scaling: weight gradients in FP8 too; false = in bf16")
     fp8_param_gather: bool = option(
         False, "keep weights of linear layers in FP8 and gather them so (distributed optimizer)"
     )

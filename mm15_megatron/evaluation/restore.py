@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from mm15_megatron.checkpoint.store import Checkpoint, load_weights, open_latest
-from mm15_megatron.config.schema import ParallelConfig, RunConfig
+from mm15_megatron.config.schema import ParallelConfig, PrecisionConfig, RunConfig
 from mm15_megatron.config.validate import check_split
 from mm15_megatron.errors import CheckpointError
 from mm15_megatron.models.build import build_model
@@ -23,7 +23,7 @@ class Restored:
     """A model that answers.
 
     Attributes:
-        cfg: the configuration of the run that trained it, in the layout of this job.
+        cfg: the configuration of the run that trained it, in the layout of this job and without FP8.
         checkpoint: what was loaded.
         topology: groups and ranks.
         model: this rank's part, in evaluation mode.
@@ -51,6 +51,20 @@ def whole_rows(parallel: ParallelConfig) -> ParallelConfig:
     )
 
 
+def answering(trained: RunConfig, *, parallel: ParallelConfig | None = None) -> RunConfig:
+    """Return the configuration of a model that answers, from the one it was trained with.
+
+    It computes in bf16 what was trained in FP8: stored weights are dequantised, answers have lengths that FP8 does not
+    take, and the scales that delayed scaling learned belong to training.
+    """
+    return replace(
+        trained,
+        parallel=parallel or whole_rows(trained.parallel),
+        precision=PrecisionConfig(),
+        kernels=replace(trained.kernels, cuda_graph_scope=()),
+    )
+
+
 def restore_model(
     run_dir: str, *, place: Rendezvous, stack: ExitStack, parallel: ParallelConfig | None = None
 ) -> Restored:
@@ -71,7 +85,7 @@ def restore_model(
     checkpoint = open_latest(run_dir)
     if checkpoint is None:
         raise CheckpointError(f"{run_dir} holds no checkpoint", fix="train first, or name the directory of another run")
-    cfg = replace(checkpoint.config, parallel=parallel or whole_rows(checkpoint.config.parallel))
+    cfg = answering(checkpoint.config, parallel=parallel)
     check_split(cfg, world_size=place.world_size)
     torch.set_num_threads(max(1, cfg.train.threads_per_rank))
     stack.callback(close_topology)

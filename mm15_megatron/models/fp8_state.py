@@ -18,6 +18,7 @@ from megatron.core.fp8_utils import get_fp8_recipe, is_first_last_bf16_layer, is
 from megatron.core.transformer import TransformerConfig
 from torch import nn
 
+from mm15_megatron.errors import BackendError
 from mm15_megatron.models.global_parameters import GlobalParameter, global_parameters
 
 TENSORS = {"scaling_fwd": 3, "scaling_bwd": 2}
@@ -87,11 +88,24 @@ def plain(parameter: torch.Tensor) -> torch.Tensor:
 def fill(parameter: nn.Parameter, values: torch.Tensor) -> None:
     """Give a parameter its initial values.
 
-    An FP8 weight also keeps them unrounded on the host, from where the optimizer takes its fp32 master.
+    A trained FP8 weight also keeps them on the host in its nominal dtype, bf16, from where the optimizer takes its fp32
+    master.
+
+    Raises:
+        BackendError: this Transformer Engine keeps them elsewhere.
     """
     parameter.copy_(values)
-    if is_float8tensor(parameter):
-        parameter._high_precision_init_val = values.to("cpu", parameter.dtype)  # type: ignore[attr-defined]
+    if not is_float8tensor(parameter):
+        return
+    if not parameter.requires_grad:
+        parameter.clear_high_precision_init_val()  # type: ignore[attr-defined]
+        return
+    if not hasattr(parameter, "_high_precision_init_val"):
+        raise BackendError(
+            "precision.fp8_param_gather: this Transformer Engine does not keep initial values where 2.11 does",
+            fix="install the version that requirements-gpu.txt names, or set precision.fp8_param_gather=false",
+        )
+    parameter._high_precision_init_val = values.to("cpu", parameter.dtype)  # type: ignore[attr-defined]
 
 
 def _fp8_modules(chunks: Iterable[nn.Module]) -> Iterator[tuple[nn.Module, TransformerConfig]]:

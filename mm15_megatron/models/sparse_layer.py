@@ -25,7 +25,15 @@ class PaddingFreeDispatcher(MoEAlltoAllTokenDispatcher):
     """
 
     def preprocess(self, routing_map: torch.Tensor) -> torch.Tensor:
-        """Count what is really sent."""
+        """Count what is really sent.
+
+        The fused permutation cannot put nothing back into its place: of padding alone, one token goes to an expert and
+        comes back with its gate, 0.
+        """
+        if self.config.moe_permute_fusion:
+            routing_map = routing_map.clone()
+            routing_map[0, 0] |= ~routing_map.any()
+            self.routing_map = routing_map
         tokens_per_expert = super().preprocess(routing_map)
         self.num_out_tokens = routing_map.sum()
         self._maybe_update_cuda_sync_point("before_permutation_1")

@@ -24,17 +24,23 @@ def leave_uninitialised(weight: torch.Tensor) -> torch.Tensor:
     return weight
 
 
+def clear(weight: torch.Tensor) -> torch.Tensor:
+    """Fill with zeros: weights kept in FP8 are quantised when they are built, and delayed scaling notes their amax."""
+    return weight.zero_()
+
+
 def _shared(cfg: RunConfig) -> dict[str, Any]:
     """Settings that the decoder and the encoder share."""
     dtype = DTYPES[cfg.kernels.params_dtype]
+    initialise = clear if cfg.precision.fp8_param_gather else leave_uninitialised
     return {
         "params_dtype": dtype,
         "pipeline_dtype": dtype,
         "bf16": dtype is torch.bfloat16,
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
-        "init_method": leave_uninitialised,
-        "output_layer_init_method": leave_uninitialised,
+        "init_method": initialise,
+        "output_layer_init_method": initialise,
         # Loss normalisation is ours: sums and counts are reduced over the whole global batch.
         "calculate_per_token_loss": True,
         # Transformer Engine's layers are told by the backend; this setting is for megatron-core's own, through apex.
@@ -61,7 +67,6 @@ def _fp8(cfg: RunConfig) -> dict[str, Any]:
         "fp8_margin": precision.fp8_margin,
         "fp8_amax_history_len": precision.fp8_amax_history_len,
         "fp8_amax_compute_algo": precision.fp8_amax_compute_algo,
-        "fp8_wgrad": precision.fp8_wgrad,
     }
 
 

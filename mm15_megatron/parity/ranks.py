@@ -2,8 +2,8 @@
 
 On the CPU a forkserver imports torch and megatron-core once; every rank is then a fork of it, so a four-rank job starts
 in a fraction of a second. On GPUs every rank starts afresh: megatron-core asks torch for devices while it is imported,
-and torch then refuses CUDA in a fork. Ranks meet through a file, use one thread each, and report their result or their traceback with
-the rank's number.
+and torch then refuses CUDA in a fork. Ranks meet through a file, use one thread each, and report their result or their
+traceback with the rank's number.
 """
 
 from __future__ import annotations

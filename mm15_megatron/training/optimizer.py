@@ -27,7 +27,6 @@ def wrap_chunks(cfg: RunConfig, chunks: Sequence[MM15Model]) -> list[Distributed
         use_distributed_optimizer=parallel.use_distributed_optimizer,
         bucket_size=parallel.ddp_bucket_size,
         fp8_param_gather=cfg.precision.fp8_param_gather,
-        reuse_grad_buf_for_mxfp8_param_ag=_shares_buffer(cfg),
         check_for_nan_in_grad=False,  # a non-finite norm skips the step instead of ending the run
     )
     wrapped = [
@@ -93,7 +92,6 @@ def build_optimizer(cfg: RunConfig, chunks: Sequence[DistributedDataParallel]) -
         use_distributed_optimizer=cfg.parallel.use_distributed_optimizer,
         overlap_param_gather=cfg.parallel.overlap_param_gather,
         fp8_recipe=cfg.precision.fp8_recipe if cfg.precision.fp8 else None,
-        reuse_grad_buf_for_mxfp8_param_ag=_shares_buffer(cfg),
     )
     with chosen_adam(cfg.kernels):
         optimizer = get_megatron_optimizer(
@@ -102,11 +100,6 @@ def build_optimizer(cfg: RunConfig, chunks: Sequence[DistributedDataParallel]) -
     for part in optimizer.chained_optimizers:
         use_fused_kernel(part.optimizer)
     return optimizer
-
-
-def _shares_buffer(cfg: RunConfig) -> bool:
-    """Whether gathered parameters pass through the gradient buffer: mxfp8 weights have none of their own."""
-    return cfg.precision.fp8_param_gather and cfg.precision.fp8_recipe == "mxfp8"
 
 
 def _overrides(cfg: RunConfig, rates: dict[str, float]) -> dict[ParamKey, ParamGroupOverride]:

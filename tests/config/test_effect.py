@@ -77,7 +77,6 @@ CASES = [
     ("precision.fp8_margin=1", [FP8], 1, [FP8, DELAYED], 1),
     ("precision.fp8_amax_history_len=16", [FP8], 1, [FP8, DELAYED], 1),
     ("precision.fp8_amax_compute_algo=most_recent", [FP8], 1, [FP8, DELAYED], 1),
-    ("precision.fp8_wgrad=false", [DELAYED], 1, [FP8, DELAYED], 1),
     ("precision.num_layers_at_start_in_bf16=2", [FP8], 1, [FP8, "precision.first_last_layers_bf16=true"], 1),
     ("precision.num_layers_at_end_in_bf16=2", [FP8], 1, [FP8, "precision.first_last_layers_bf16=true"], 1),
     ("data.row_dealing=round_robin", [TP2], 2, [], 2),

@@ -64,7 +64,7 @@ CASES = [
     (
         "_overlapped_tensor_parallelism",
         2,
-        [*TENSOR, FP8, "precision.fp8_recipe=blockwise"],
+        [*TENSOR, FP8, "precision.fp8_recipe=blockwise", "language.hidden_size=128"],
         "no buffers for precision.fp8_recipe = blockwise",
     ),
     (

@@ -34,6 +34,7 @@ EP2 = "parallel.expert_model_parallel_size=2"
 TE = ["parallel.device=cuda", "kernels.transformer_impl=transformer_engine", "kernels.params_dtype=bf16"]
 FP8 = [*TE, "precision.fp8=hybrid"]
 SELECTIVE = "kernels.recompute_granularity=selective"
+ENDS = ("start", "end")
 GRAPHS = "kernels.cuda_graph_scope=[mlp]"
 
 CASES = [
@@ -184,8 +185,8 @@ CASES = [
     ("_recomputation", 1, [SELECTIVE, MOE, "kernels.recompute_modules=[moe_act]"], "holds moe_act, which"),
     ("_recomputation", 1, [SELECTIVE, "kernels.recompute_modules=[layernorm]"], "recompute mlp or moe instead"),
     ("_recomputation", 1, [SELECTIVE, "kernels.recompute_modules=[moe]"], "the model has no experts"),
+    ("_recomputation", 1, [*TE, SELECTIVE, "kernels.recompute_modules=[layernorm]"], "other norms are part of"),
     ("_recomputation", 1, [*TE, SELECTIVE, MOE, "kernels.recompute_modules=[moe, moe_act]"], "keep one of them"),
-    ("_cuda_graphs", 1, ["kernels.cuda_graph_warmup_steps=-1"], "cuda_graph_warmup_steps = -1 is negative"),
     ("_cuda_graphs", 1, [*TE, "kernels.cuda_graph_scope=[attn]"], r"names \['attn'\], which have no static"),
     ("_cuda_graphs", 1, [GRAPHS, "parallel.device=cuda"], "found kernels.transformer_impl = local"),
     ("_cuda_graphs", 1, [GRAPHS, *TE[:2]], "found kernels.params_dtype = fp32"),
@@ -259,7 +260,7 @@ CASES = [
     (
         "_fp8_recomputation",
         1,
-        [*FP8, SELECTIVE, "precision.fp8_recipe=delayed", "kernels.recompute_modules=[layernorm, mlp]"],
+        [*FP8, MOE, SELECTIVE, "precision.fp8_recipe=delayed", "kernels.recompute_modules=[layernorm, mlp]"],
         "holds layernorm, and precision.fp8_recipe = delayed",
     ),
     ("_fp8_tokens", 1, [*FP8, "data.seq_length=84"], "data.seq_length x train.micro_batch_size = 168 is not divisible"),
@@ -272,6 +273,24 @@ CASES = [
         "tensor_model_parallel_size 2 x 128",
     ),
     ("_fp8_widths", 1, [*FP8, "language.hidden_size=40"], "language.hidden_size = 40 is not divisible by 1 ranks x 16"),
+    (
+        "_fp8_widths",
+        2,
+        [*FP8, TP2, "precision.fp8_recipe=blockwise", "parallel.sequence_parallel=true"],
+        "language.hidden_size = 64 is not divisible by 128, the blocks",
+    ),
+    (
+        "_fp8_parameter_gather",
+        1,
+        [*FP8, "precision.fp8_param_gather=true", "precision.fp8_recipe=mxfp8"],
+        "passes these weights through",
+    ),
+    (
+        "_fp8_first_and_last_layers",
+        1,
+        [*FP8, "precision.first_last_layers_bf16=true", *(f"precision.num_layers_at_{end}_in_bf16=0" for end in ENDS)],
+        "keeps no layer in bf16",
+    ),
     ("_fp8_widths", 2, [*FP8, TP2, "language.ffn_hidden_size=80"], "language.ffn_hidden_size = 80"),
     ("_fp8_widths", 1, [*FP8, "vision.ffn_hidden_size=72", "precision.fp8_vision=true"], "vision.ffn_hidden_size = 72"),
     ("_context_parallel", 2, [CP2, "data.seq_length=127", "train.micro_batch_size=1"], "= 127 is not divisible"),
@@ -337,7 +356,7 @@ def test_every_rule_has_a_case():
         (1, ["kernels.recompute_granularity=full", "kernels.recompute_num_layers=2"]),
         (1, ["data.validation_sources=[{prefix: a}]", "train.validation_interval=5"]),
         (1, [SELECTIVE, "kernels.recompute_modules=[mlp, core_attn]"]),
-        (1, [*TE, SELECTIVE, "kernels.recompute_modules=[mlp, layernorm]"]),
+        (1, [*TE, MOE, SELECTIVE, "kernels.recompute_modules=[mlp, layernorm]"]),
         (1, [SELECTIVE, MOE, "kernels.recompute_modules=[core_attn, moe]"]),
         (1, ["parallel.device=cuda", "kernels.norm_impl=apex", "kernels.gradient_accumulation_fusion=true"]),
         (1, [*TE, MOE, SELECTIVE, "kernels.recompute_modules=[moe_act]", "kernels.moe_permute_fusion=true"]),

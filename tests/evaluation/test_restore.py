@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from mm15_megatron.checkpoint.store import save_checkpoint
+from mm15_megatron.config.parse import apply_overrides
 from mm15_megatron.config.schema import RunConfig
 from mm15_megatron.evaluation.generate import Generator, Prompt
-from mm15_megatron.evaluation.restore import restore_model, whole_rows
+from mm15_megatron.evaluation.restore import answering, restore_model, whole_rows
 from mm15_megatron.parallel.topology import close_topology
 from mm15_megatron.parity.ranks import RankFailure, rank_place, run_on_ranks
 from mm15_megatron.parity.trace import build_parts
@@ -88,3 +89,10 @@ def test_a_model_that_answers_overlaps_nothing() -> None:
     """Neither overlap outlives training: both need micro-batches of one size, one of them a backward pass."""
     trained = replace(debug_config().parallel, tp_comm_overlap=True, overlap_moe_expert_parallel_comm=True)
     assert whole_rows(trained) == debug_config().parallel
+
+
+def test_a_model_that_answers_computes_in_bf16() -> None:
+    fp8 = ["precision.fp8=hybrid", "precision.fp8_recipe=delayed", "precision.fp8_vision=true"]
+    graphs = ["kernels.cuda_graph_scope=[mlp]", "kernels.params_dtype=bf16"]
+    found = answering(apply_overrides(debug_config(), [*fp8, *graphs]))
+    assert found == apply_overrides(debug_config(), ["kernels.params_dtype=bf16"])

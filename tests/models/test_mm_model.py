@@ -163,3 +163,19 @@ def test_router_padding_for_quantization_changes_no_token(one_rank: Topology) ->
     torch.testing.assert_close(filled[real_T], plain[real_T], **FP32_SHAPES)
     for ours, reference in zip(filled_grads, plain_grads, strict=True):
         torch.testing.assert_close(ours, reference, **FP32_SHAPES)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_padding_alone_sends_one_token_through_a_fused_permutation(one_rank: Topology, fused: bool) -> None:
+    """Transformer Engine's kernel puts nothing back where nothing was sent; the token comes back with its gate, 0."""
+    model = build(one_rank, debug_config("debug_moe"))
+    dispatcher = model.language_model.decoder.layers[1].mlp.token_dispatcher
+    dispatcher.config = copy.copy(dispatcher.config)
+    dispatcher.config.moe_permute_fusion = fused
+    for sent in (torch.zeros(8, 4, dtype=torch.bool), torch.eye(8, 4, dtype=torch.bool)):
+        given = sent.clone()
+        dispatcher.routing_map = given
+        dispatcher.preprocess(given)
+        assert torch.equal(given, sent), "the router's own map is counted elsewhere"
+        expected = 4 if sent.any() else int(fused)
+        assert int(dispatcher.num_out_tokens) == int(dispatcher.routing_map.sum()) == expected
