@@ -1,6 +1,6 @@
 """From measured times of a model's linear layers to advice about FP8: pure, so that recorded numbers give it anywhere.
 
-``plan`` says what a sweep measures, ``fp8_record`` holds what it found, ``advise`` decides, ``advice_text`` explains.
+``plan`` says what a sweep measures, ``fp8_record`` holds what it found, ``advise`` decides, ``fp8_text`` explains.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 
 from mm15_megatron.accounting.matrix_products import DECODER, EXPERTS, NEVER, VISION, MatrixProduct, matrix_products
-from mm15_megatron.bench.fp8_record import BF16, RECIPES, Measured, Sweep, Timing
+from mm15_megatron.bench.fp8_record import ATTENTION, BF16, RECIPES, Failed, Measured, Sweep, Timing
 from mm15_megatron.config.rules_precision import PRECISION_RULES, fp8_alignment
 from mm15_megatron.config.schema import RunConfig
 from mm15_megatron.errors import ConfigError
@@ -80,12 +80,23 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Advice:
-    """The verdict on every recipe, the chosen one (None: bf16), and what else a user should know."""
+    """What a user should do.
+
+    Attributes:
+        verdicts: on every recipe that computed all products of the decoder and of the experts.
+        chosen: the one to take; None: bf16.
+        remarks: what else a user should know.
+        options: to copy into the configuration; empty without advice.
+        failed: recipes that failed at a product of the decoder or of the experts, which no verdict is given on.
+        missing: why there is no advice at all; empty if there is.
+    """
 
     verdicts: tuple[Verdict, ...]
     chosen: Verdict | None
     remarks: tuple[str, ...]
     options: tuple[str, ...]
+    failed: tuple[str, ...] = ()
+    missing: str = ""
 
 
 def as_trained(cfg: RunConfig, recipe: str | None, *, vision: bool = False) -> RunConfig:
@@ -150,7 +161,7 @@ def rows_of_experts(product: MatrixProduct) -> tuple[int, ...]:
 
 
 def check_same_products(sweep: Sweep, cfg: RunConfig, *, stage: int) -> None:
-    """Check that recorded numbers are of this configuration.
+    """Check that recorded numbers are of this configuration, as far as they go: a sweep may have ended early.
 
     Raises:
         ConfigError: the shapes differ, with the first product that does.
@@ -158,6 +169,8 @@ def check_same_products(sweep: Sweep, cfg: RunConfig, *, stage: int) -> None:
     wanted = {p.name: p for p in matrix_products(cfg, stage=stage)}
     found = {m.product.name: m.product for m in sweep.measured}
     for name in [*wanted, *found]:
+        if name in wanted and name in sweep.unmeasured:
+            continue
         if name not in wanted or name not in found:
             where = "not measured there" if name in wanted else "no product of it"
             raise ConfigError(
@@ -177,13 +190,6 @@ def _difference(there: MatrixProduct, here: MatrixProduct) -> str:
     return f"{here.name} has {', '.join(differing)}"
 
 
-def _shape(product: MatrixProduct) -> str:
-    experts = f" for {product.groups} experts" if product.fp8 == EXPERTS else ""
-    passes = f", {product.forward_passes} forward" if product.forward_passes > 1 else ""
-    sizes = f"{product.rows} x {product.in_features} -> {product.out_features}"
-    return f"{sizes}{experts}, {product.count} times{passes}"
-
-
 def advise(sweep: Sweep, *, other_share: float = OTHER_SHARE) -> Advice:
     """Decide whether FP8 pays, with which recipe, and for the encoder too.
 
@@ -196,17 +202,46 @@ def advise(sweep: Sweep, *, other_share: float = OTHER_SHARE) -> Advice:
     """
     if not 0.0 <= other_share < 1.0:
         raise ConfigError(f"a share of {other_share} of the step", fix="give a number from 0 to below 1")
-    recipes = [r for r in RECIPES if any(r in m.times for m in sweep.measured)]
+    failed = tuple(r for r in RECIPES if _failures(sweep, r, parts=(DECODER, EXPERTS)))
+    missing = _missing(sweep)
+    if missing:
+        return Advice((), None, tuple(_about_failures(sweep)), (), failed=failed, missing=missing)
+    recipes = [r for r in RECIPES if r not in failed and any(r in m.times for m in sweep.measured)]
     verdicts = tuple(_verdict(sweep, recipe, other_share=other_share) for recipe in recipes)
     paying = [v for v in verdicts if v.pays]
     fastest = max((v.step_speedup for v in paying), default=0.0)
     equally_fast = [v for v in paying if v.step_speedup >= AS_FAST * fastest]
     chosen = min(equally_fast, key=lambda v: v.output_error, default=None)
-    return Advice(verdicts, chosen, tuple(_remarks(sweep, verdicts, chosen)), tuple(_options(sweep, chosen)))
+    remarks = (*_about_failures(sweep), *_remarks(sweep, verdicts, chosen))
+    return Advice(verdicts, chosen, remarks, tuple(_options(sweep, chosen)), failed=failed)
+
+
+def _missing(sweep: Sweep) -> str:
+    """Why nothing can be said about a step; empty if all of it was measured in bf16."""
+    absent = [*sweep.unmeasured, *([ATTENTION] if sweep.attention_ms is None else [])]
+    if not absent:
+        return ""
+    why = sweep.stopped or ("see what failed" if sweep.failed else "the sweep was ended from outside")
+    return f"{', '.join(absent)} {'has' if len(absent) == 1 else 'have'} no time in bf16: {why}"
+
+
+def _failures(sweep: Sweep, recipe: str, *, parts: Sequence[str]) -> list[Failed]:
+    """Where a recipe failed, of the products that bf16 could compute."""
+    part_of = {item.product.name: item.product.fp8 for item in sweep.measured}
+    return [f for f in sweep.failed if f.recipe == recipe and part_of.get(f.product) in parts]
+
+
+def _about_failures(sweep: Sweep) -> Iterator[str]:
+    by_problem: dict[tuple[str, str], list[str]] = {}
+    for failure in sweep.failed:
+        by_problem.setdefault((failure.recipe, failure.problem), []).append(failure.product)
+    for (recipe, problem), products in by_problem.items():
+        yield f"{recipe} failed at {', '.join(products)}: {problem}"
 
 
 def _verdict(sweep: Sweep, recipe: str, *, other_share: float) -> Verdict:
-    ratios = {part: _ratio(sweep, recipe, part) for part in (DECODER, EXPERTS, VISION)}
+    parts_measured = (DECODER, EXPERTS, *(() if _failures(sweep, recipe, parts=(VISION,)) else (VISION,)))
+    ratios = {part: _ratio(sweep, recipe, part) for part in parts_measured}
     known = {part: ratio for part, ratio in ratios.items() if ratio is not None}
     errors_of_vision = _errors(sweep, recipe, parts=(VISION,))
     vision = (
@@ -216,7 +251,7 @@ def _verdict(sweep: Sweep, recipe: str, *, other_share: float) -> Verdict:
     )
     parts = (DECODER, EXPERTS, VISION) if vision else (DECODER, EXPERTS)
     before, after = linear_ms(sweep, None, parts=()), linear_ms(sweep, recipe, parts=parts)
-    rest = sweep.attention_ms
+    rest = sweep.attention_ms or 0.0
     other = (before + rest) * other_share / (1.0 - other_share)
     output_error, gradient_error = _errors(sweep, recipe, parts=parts)
     return Verdict(
@@ -270,7 +305,7 @@ def _errors(sweep: Sweep, recipe: str, *, parts: Sequence[str]) -> tuple[float, 
 
 def _remarks(sweep: Sweep, verdicts: Sequence[Verdict], chosen: Verdict | None) -> Iterator[str]:
     if not verdicts:
-        yield "no FP8 recipe was measured: bf16 is what this machine trains in"
+        yield "no FP8 recipe was measured throughout: bf16 is what this machine trains in"
         return
     for verdict in verdicts:
         if verdict.rounds_too_much:
@@ -312,6 +347,8 @@ def _about_vision(sweep: Sweep, verdict: Verdict) -> Iterator[str]:
         yield f"the encoder stays in bf16: its products have {verdict.ratios[VISION]:.2f}x in {verdict.recipe}, {why}"
     elif verdict.recipe in sweep.refused_vision:
         yield f"the encoder cannot be in {verdict.recipe}: {sweep.refused_vision[verdict.recipe]}"
+    elif failures := _failures(sweep, verdict.recipe, parts=(VISION,)):
+        yield f"the encoder stays in bf16: {verdict.recipe} failed at {', '.join(f.product for f in failures)}"
 
 
 def _about_rows(sweep: Sweep, verdict: Verdict) -> Iterator[str]:
@@ -340,91 +377,3 @@ def _options(sweep: Sweep, chosen: Verdict | None) -> Iterator[str]:
         yield "precision.first_last_layers_bf16=true"
     yield "kernels.transformer_impl=transformer_engine"
     yield "kernels.params_dtype=bf16"
-
-
-def advice_text(sweep: Sweep, advice: Advice, *, other_share: float = OTHER_SHARE) -> str:
-    """Lay the numbers and the advice out for a reader."""
-    return "\n".join(
-        [
-            f"FP8 advice for {sweep.preset or 'a configuration without preset'} on {sweep.device}",
-            f"numbers: {sweep.source}",
-            "",
-            *_product_table(sweep),
-            "",
-            *_verdict_table(sweep, advice, other_share=other_share),
-            *(f"not measured: {recipe}: {reason}" for recipe, reason in sweep.refused.items()),
-            "",
-            headline(advice),
-            *(f"- {remark}" for remark in advice.remarks),
-            "",
-            "options to copy:",
-            *(f"  {option}" for option in advice.options),
-            "",
-        ]
-    )
-
-
-def headline(advice: Advice) -> str:
-    """Return the verdict in one sentence."""
-    if advice.chosen is not None:
-        chosen = advice.chosen
-        return (
-            f"FP8 pays: {chosen.recipe}, {chosen.linear_speedup:.2f}x of the linear layers, about "
-            f"{chosen.step_speedup:.2f}x of the step (at most {chosen.step_bound:.2f}x)"
-        )
-    usable = [v for v in advice.verdicts if not v.rounds_too_much]
-    if not usable:
-        return "FP8 cannot be used here: keep bf16"
-    best = max(usable, key=lambda v: v.step_speedup)
-    return (
-        f"FP8 does not pay here: the best recipe, {best.recipe}, has {best.linear_speedup:.2f}x of the linear layers "
-        f"and about {best.step_speedup:.2f}x of the step, below {WORTHWHILE:.2f}x: keep bf16"
-    )
-
-
-def _table(rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = [
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows
-    ]
-    return [lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]]
-
-
-def _product_table(sweep: Sweep) -> list[str]:
-    recipes = [r for r in RECIPES if any(r in item.times for item in sweep.measured)]
-    rows = [["product", "rows x in -> out of one rank, times a micro-batch", "bf16 ms", "TFLOP/s", *recipes]]
-    for item in sweep.measured:
-        product, base = item.product, item.times[BF16]
-        spent = base.step_ms(product)
-        passes = product.forward_passes + product.weight_gradient + product.input_gradient
-        cells = [
-            f"{item.times[r].step_ms(product):.3f} ({spent / item.times[r].step_ms(product):.2f}x)"
-            if r in item.times
-            else "bf16"
-            for r in recipes
-        ]
-        rows.append(
-            [product.name, _shape(product), f"{spent:.3f}", f"{passes * product.flops / spent / 1e9:.0f}", *cells]
-        )
-    return _table(rows)
-
-
-def _verdict_table(sweep: Sweep, advice: Advice, *, other_share: float) -> list[str]:
-    before = linear_ms(sweep, None, parts=())
-    lines = [
-        f"one micro-batch in bf16: linear layers {before:.2f} ms, attention {sweep.attention_ms:.2f} ms (measured); "
-        f"assumed: {other_share:.0%} of the step is neither.",
-        "One rank without communication; connector, norms, activations, loss and optimizer belong to what is assumed. "
-        "Errors are of Gaussian",
-        "data, which has no outliers: a run's losses are the last word.",
-    ]
-    if not advice.verdicts:
-        return lines
-    rows = [
-        ["recipe", "linear layers", "step, about", "bound of the step", "error of outputs", "of gradients", "parts"]
-    ]
-    for v in advice.verdicts:
-        parts = ", ".join(f"{part} {ratio:.2f}x" for part, ratio in v.ratios.items())
-        speedups = (f"{x:.2f}x" for x in (v.linear_speedup, v.step_speedup, v.step_bound))
-        rows.append([v.recipe, *speedups, f"{v.output_error:.1%}", f"{v.gradient_error:.1%}", parts])
-    return [*lines, "", *_table(rows)]

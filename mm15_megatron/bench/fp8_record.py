@@ -6,6 +6,7 @@ import json
 import math
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
+from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
 from mm15_megatron.accounting.matrix_products import MatrixProduct
@@ -13,7 +14,9 @@ from mm15_megatron.errors import DataError
 
 BF16 = "bf16"
 RECIPES = ("tensorwise", "delayed", "blockwise", "mxfp8")
-FORMAT_VERSION = 1
+ATTENTION = "attention"
+"""Stands in :class:`Failed` for core attention, which is measured in bf16 alone."""
+FORMAT_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -48,35 +51,59 @@ class Measured:
 
 
 @dataclass(frozen=True)
+class Failed:
+    """A measurement that was tried and gave no number.
+
+    Attributes:
+        product: name of the product, or ``attention``.
+        recipe: ``bf16`` or the recipe.
+        problem: the error in one line.
+    """
+
+    product: str
+    recipe: str
+    problem: str
+
+
+@dataclass(frozen=True)
 class Sweep:
     """What was measured, on what, and what could not be.
 
     Attributes:
         source: the command that measured it, or where else the numbers are from.
+        date: when it began, ISO 8601 in UTC.
         device: name of the GPU.
-        versions: versions of the libraries and of the driver.
+        versions: versions of the libraries and of the driver, and the commit of this package.
         preset: name of the preset the configuration started from; may be empty.
         fp8_format: ``hybrid`` or ``e4m3``.
         keeps_edges: ``precision.first_last_layers_bf16``.
         micro_batches: micro-batches of a step, over which a quantised weight is used again.
-        attention_ms: core attention of the decoder and of the encoder in bf16, forward and backward, one micro-batch.
-        refused: why a recipe was not measured, by recipe.
-        refused_vision: why it was not measured for the encoder although it was for the decoder, by recipe.
-        measured: the products.
+        attention_ms: core attention of the decoder and of the encoder in bf16, forward and backward, one micro-batch;
+            None if it was not measured.
+        refused: why a recipe was not tried, by recipe.
+        refused_vision: why it was not tried for the encoder although it was for the decoder, by recipe.
+        failed: what was tried in vain.
+        measured: the products that were measured in bf16 at least.
+        unmeasured: names of the other products that belong to the rank.
+        stopped: why the sweep ended before its end; empty if it did not.
         version: of this format.
     """
 
     source: str
+    date: str
     device: str
     versions: dict[str, str]
     preset: str
     fp8_format: str
     keeps_edges: bool
     micro_batches: int
-    attention_ms: float
+    attention_ms: float | None
     refused: dict[str, str]
     refused_vision: dict[str, str]
-    measured: tuple[Measured, ...]
+    failed: tuple[Failed, ...] = ()
+    measured: tuple[Measured, ...] = ()
+    unmeasured: tuple[str, ...] = ()
+    stopped: str = ""
     version: int = FORMAT_VERSION
 
 
@@ -106,7 +133,10 @@ def read_sweep(path: Path) -> Sweep:
 
 
 def _parse(value: Any, kind: Any, *, where: str) -> Any:
-    """Turn plain values into ``kind``: a frozen dataclass, tuple[X, ...], dict[str, X] or a scalar."""
+    """Turn plain values into ``kind``: a frozen dataclass, tuple[X, ...], dict[str, X], X | None or a scalar."""
+    if isinstance(kind, UnionType):
+        inner, _ = get_args(kind)
+        return None if value is None else _parse(value, inner, where=where)
     if is_dataclass(kind):
         hints = get_type_hints(kind)
         names = {f.name for f in fields(kind)}
@@ -127,8 +157,14 @@ def _parse(value: Any, kind: Any, *, where: str) -> Any:
 
 def _check(sweep: Sweep, path: Path) -> None:
     """Refuse numbers that no measurement gives."""
-    if not sweep.measured:
+    if not sweep.measured and not sweep.failed:
         raise DataError(f"{path} holds no measured product", fix="measure again with --record")
+    for failure in sweep.failed:
+        if failure.recipe not in (BF16, *RECIPES):
+            raise DataError(
+                f"{path}: {failure.product} failed in {failure.recipe!r}, which is none of {[BF16, *RECIPES]}",
+                fix="measure again with --record",
+            )
     for item in sweep.measured:
         unknown = set(item.times) - {BF16, *RECIPES}
         spent = {recipe: timing.forward_ms for recipe, timing in item.times.items()}

@@ -6,23 +6,27 @@ R: rows of a product; I, O: its input and output width.
 from __future__ import annotations
 
 import copy
+import gc
 import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from typing import Any
 
 import torch
+from megatron.core import fp8_utils
 from megatron.core.fp8_utils import get_fp8_context
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.enums import AttnMaskType
 
 from mm15_megatron.accounting.matrix_products import EXPERTS, NEVER, VISION, MatrixProduct
-from mm15_megatron.bench.fp8_advice import Plan, as_trained, plan, rows_of_experts
-from mm15_megatron.bench.fp8_record import BF16, RECIPES, Measured, Sweep, Timing
+from mm15_megatron.bench.fp8_advice import as_trained, plan, rows_of_experts
+from mm15_megatron.bench.fp8_course import Instruments, run_course
+from mm15_megatron.bench.fp8_record import BF16, RECIPES, Sweep, Timing
 from mm15_megatron.config.rules_precision import fp8_alignment
 from mm15_megatron.config.schema import ParallelConfig, RunConfig
 from mm15_megatron.errors import BackendError
@@ -72,9 +76,11 @@ def measure(
     versions: dict[str, str],
     stage: int = 0,
     effort: Effort | None = None,
+    recipes: Sequence[str] = RECIPES,
+    keep: Callable[[Sweep], None],
     write: Callable[[str], None],
 ) -> Sweep:
-    """Measure every product of one rank of ``cfg``.
+    """Measure every product of one rank of ``cfg``; what fails is recorded and the others are measured.
 
     The rank's shapes are computed by one process without communication.
 
@@ -84,36 +90,55 @@ def measure(
         versions: of the libraries and the driver, for the record.
         stage: pipeline stage of the rank.
         effort: how long.
-        write: takes one line of progress at a time.
+        recipes: which of ``RECIPES`` to measure.
+        keep: takes the record as it grows, after every product.
+        write: takes progress, and the traceback of a failure.
 
     Raises:
-        BackendError: the device or Transformer Engine is not usable, or a product does not fit into its memory.
+        BackendError: the device or Transformer Engine is not usable: nothing can be measured.
         ConfigError: the layout cannot be split as configured.
     """
     effort = effort or Effort()
-    chosen = plan(cfg, unusable=recipes_unusable_here(cfg), stage=stage)
+    unusable = {recipe: "left out by --recipes" for recipe in RECIPES if recipe not in recipes}
+    chosen = plan(cfg, unusable=recipes_unusable_here(cfg) | unusable, stage=stage)
     with ExitStack() as stack:
         stack.callback(close_topology)
         topology = build_topology(ParallelConfig(device="cuda"), place=Rendezvous("single", 0, 1, 0, 1, ""))
         seed_everything(cfg.train.seed, topology=topology)
         shared = SharedParts(cfg, resolve_backend(as_trained(cfg, None).kernels), topology.groups, effort)
-        measured = tuple(_measure_product(shared, chosen, product, write=write) for product in chosen.products)
-        attention_ms = _attention_ms(shared, chosen.products)
-        write(f"attention {attention_ms:.2f} ms a micro-batch")
-        device = torch.cuda.get_device_name()
-    return Sweep(
-        source=source,
-        device=device,
-        versions=versions,
-        preset=cfg.preset,
-        fp8_format=cfg.precision.fp8 or "hybrid",
-        keeps_edges=cfg.precision.first_last_layers_bf16,
-        micro_batches=effort.micro_batches,
-        attention_ms=attention_ms,
-        refused=chosen.refused,
-        refused_vision=chosen.refused_vision,
-        measured=measured,
-    )
+        begun = Sweep(
+            source=source,
+            date=datetime.now(UTC).isoformat(timespec="seconds"),
+            device=torch.cuda.get_device_name(),
+            versions=versions,
+            preset=cfg.preset,
+            fp8_format=cfg.precision.fp8 or "hybrid",
+            keeps_edges=cfg.precision.first_last_layers_bf16,
+            micro_batches=effort.micro_batches,
+            attention_ms=None,
+            refused=chosen.refused,
+            refused_vision=chosen.refused_vision,
+        )
+        instruments = Instruments(
+            attention=lambda: _attention_ms(shared, chosen.products),
+            opened=lambda product: ProductTimer(shared, product).time,
+            recover=recover,
+        )
+        sweep = run_course(begun, chosen, instruments=instruments, keep=keep, write=write)
+        if sweep.stopped:
+            stack.pop_all()  # the groups of a device that does not answer cannot be left, and would hide the record
+    return sweep
+
+
+def recover() -> str | None:
+    """Free what a failed measurement left; return why the device does not work any more, or None if it does."""
+    gc.collect()
+    try:
+        torch.cuda.empty_cache()
+        torch.ones(1, device="cuda").add_(1).item()
+    except Exception as error:  # noqa: BLE001 - whatever it is, nothing more can be measured
+        return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+    return None
 
 
 @dataclass(frozen=True)
@@ -301,15 +326,26 @@ def check_rounded(product: MatrixProduct, recipe: str, *, output_error: float) -
         )
 
 
-def _measure_product(
-    shared: SharedParts, chosen: Plan, product: MatrixProduct, *, write: Callable[[str], None]
-) -> Measured:
-    times: dict[str, Timing] = {}
-    reference: Results | None = None
-    for recipe in (None, *chosen.recipes_of(product)):
+class ProductTimer:
+    """Times one product, bf16 first: its results are what the recipes are compared with."""
+
+    def __init__(self, shared: SharedParts, product: MatrixProduct) -> None:
+        self.shared, self.product = shared, product
+        self.reference: Results | None = None
+
+    def time(self, recipe: str | None) -> Timing:
+        """Time the product in ``recipe`` (None: bf16) and say how far its results are from bf16's.
+
+        Raises:
+            BackendError: it does not fit into memory, or a recipe did not round; whatever the kernels raise.
+        """
+        product = self.product
+        if recipe == "delayed":
+            # It updates the amax histories of all modules that ever ran, and those of other products are not asked for.
+            fp8_utils.FP8GlobalStateManager.reset()
         try:
-            trial = _trial(shared, product, recipe)
-            timing = _time(trial, shared.effort)
+            trial = _trial(self.shared, product, recipe)
+            timing = _time(trial, self.shared.effort)
             found = trial.results()
         except torch.cuda.OutOfMemoryError as error:
             raise BackendError(
@@ -317,18 +353,15 @@ def _measure_product(
                 f"weights) in {recipe or BF16} does not fit into this GPU's memory: {error}",
                 fix="spread it over more ranks (tensor or expert parallel), as the training of this model has to",
             ) from error
-        if reference is None:
-            reference = found
-        else:
-            output_error, gradient_error = found.errors(reference)
-            check_rounded(product, recipe or BF16, output_error=output_error)
-            timing = replace(timing, output_error=output_error, gradient_error=gradient_error)
-        times[recipe or BF16] = timing
-        del trial, found
+        del trial
         torch.cuda.empty_cache()
-    shown = ", ".join(f"{name} {timing.forward_ms + timing.backward_ms:.3f}" for name, timing in times.items())
-    write(f"{product.name}: milliseconds forward and backward: {shown}")
-    return Measured(product, times)
+        if recipe is None:
+            self.reference = found
+            return timing
+        assert self.reference is not None, "bf16 is timed first"
+        output_error, gradient_error = found.errors(self.reference)
+        check_rounded(product, recipe, output_error=output_error)
+        return replace(timing, output_error=output_error, gradient_error=gradient_error)
 
 
 def _time(trial: Trial, effort: Effort) -> Timing:

@@ -14,16 +14,15 @@ from mm15_megatron.bench.fp8_advice import (
     OUTPUT_ERROR,
     WORTHWHILE,
     Advice,
-    advice_text,
     advise,
     as_trained,
     check_same_products,
-    headline,
     linear_ms,
     plan,
     rows_of_experts,
 )
-from mm15_megatron.bench.fp8_record import Measured, Sweep, Timing, read_sweep, sweep_to_json
+from mm15_megatron.bench.fp8_record import ATTENTION, Failed, Measured, Sweep, Timing, read_sweep, sweep_to_json
+from mm15_megatron.bench.fp8_text import advice_text, headline
 from mm15_megatron.config.parse import apply_overrides
 from mm15_megatron.config.rules_precision import PRECISION_RULES
 from mm15_megatron.errors import ConfigError, DataError
@@ -63,7 +62,7 @@ def test_a_clear_win_is_said_with_its_numbers() -> None:
     text = advice_text(sweep, advice)
     assert "FP8 pays: tensorwise, 1.48x of the linear layers, about 1.35x of the step (at most 1.41x)" in text
     assert "1460 rows are no multiples of 16 and are padded to 1472" in text
-    assert "not measured: mxfp8: invented reason" in text
+    assert "not tried: mxfp8: invented reason" in text
     assert advice.options[:3] == (
         "precision.fp8=hybrid",
         "precision.fp8_recipe=tensorwise",
@@ -89,7 +88,7 @@ def test_the_only_recipe_that_runs_is_taken() -> None:
     assert advice.chosen is not None
     assert advice.chosen.recipe == "delayed"
     text = advice_text(sweep, advice)
-    assert all(f"not measured: {recipe}: invented reason" in text for recipe in ("mxfp8", "blockwise", "tensorwise"))
+    assert all(f"not tried: {recipe}: invented reason" in text for recipe in ("mxfp8", "blockwise", "tensorwise"))
 
 
 def test_the_encoder_is_left_out_where_it_loses() -> None:
@@ -161,7 +160,7 @@ def test_nothing_measured_in_fp8_is_bf16() -> None:
     bare = tuple(Measured(m.product, {"bf16": m.times["bf16"]}) for m in sweep.measured)
     advice = advise(replace(sweep, measured=bare))
     assert advice.chosen is None
-    assert advice.remarks == ("no FP8 recipe was measured: bf16 is what this machine trains in",)
+    assert advice.remarks == ("no FP8 recipe was measured throughout: bf16 is what this machine trains in",)
     assert "FP8 cannot be used here" in advice_text(replace(sweep, measured=bare), advice)
 
 
@@ -175,6 +174,97 @@ def test_the_step_by_hand() -> None:
     assert verdict.step_bound == pytest.approx(18 / 12)
     assert verdict.step_speedup == pytest.approx(20 / 14)
     assert linear_ms(replace(sweep, measured=(Measured(recomputed, times),)), None, parts=()) == 16.0
+
+
+def without(sweep: Sweep, failures: list[Failed], **changes: object) -> Sweep:
+    """The same sweep, had those measurements failed."""
+    lost = {(failure.product, failure.recipe) for failure in failures}
+    measured = tuple(
+        Measured(m.product, {r: t for r, t in m.times.items() if (m.product.name, r) not in lost})
+        for m in sweep.measured
+        if (m.product.name, "bf16") not in lost
+    )
+    absent = tuple(m.product.name for m in sweep.measured if (m.product.name, "bf16") in lost)
+    return replace(sweep, measured=measured, unmeasured=absent, failed=tuple(failures), **changes)
+
+
+def test_a_recipe_that_failed_at_a_layer_gets_no_verdict() -> None:
+    problem = "RuntimeError: CUBLAS_STATUS_NOT_SUPPORTED"
+    sweep = without(
+        recorded("clear_win"), [Failed(name, "tensorwise", problem) for name in ("decoder.fc1", "vision.fc1")]
+    )
+    advice = advise(sweep)
+    assert advice.failed == ("tensorwise",)
+    assert advice.chosen is not None
+    assert advice.chosen.recipe == "delayed"
+    assert "tensorwise" not in {verdict.recipe for verdict in advice.verdicts}
+    assert headline(advice).endswith("; no verdict on tensorwise: failed")
+    text = advice_text(sweep, advice)
+    assert f"- tensorwise failed at decoder.fc1, vision.fc1: {problem}" in text
+    (row,) = (line for line in text.splitlines() if line.startswith("| decoder.fc1"))
+    assert "failed" in row
+
+
+def test_a_failure_at_the_encoder_keeps_the_encoder_in_bf16() -> None:
+    sweep = without(recorded("clear_win"), [Failed("vision.fc2", "tensorwise", "RuntimeError: no kernel")])
+    advice = advise(sweep)
+    assert advice.failed == ()
+    assert advice.chosen is not None
+    assert (advice.chosen.recipe, advice.chosen.vision) == ("tensorwise", False)
+    assert "vision" not in advice.chosen.ratios
+    assert "precision.fp8_vision=false" in advice.options
+    assert "the encoder stays in bf16: tensorwise failed at vision.fc2" in advice.remarks
+
+
+def test_without_any_recipe_left_it_is_bf16_and_says_why() -> None:
+    sweep = without(recorded("one_recipe"), [Failed("decoder.qkv", "delayed", "RuntimeError: no kernel")])
+    advice = advise(sweep)
+    assert advice.options == ("precision.fp8=null",)
+    assert headline(advice) == "FP8 cannot be used here: keep bf16; no verdict on delayed: failed"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"unmeasured": ("decoder.fc2",)}, "decoder.fc2 has no time in bf16: the sweep was ended from outside"),
+        (
+            {"unmeasured": ("decoder.fc2",), "failed": (Failed("decoder.fc2", "bf16", "OutOfMemoryError: no room"),)},
+            "decoder.fc2 has no time in bf16: see what failed",
+        ),
+        (
+            {"unmeasured": ("decoder.fc1", "decoder.fc2"), "stopped": "the device is gone"},
+            "decoder.fc1, decoder.fc2 have no time in bf16: the device is gone",
+        ),
+        ({"attention_ms": None}, "attention has no time in bf16"),
+    ],
+)
+def test_part_of_a_step_is_no_advice(changes: dict[str, object], message: str) -> None:
+    whole = recorded("clear_win")
+    absent = changes.get("unmeasured", ())
+    measured = tuple(m for m in whole.measured if m.product.name not in absent)
+    sweep = replace(whole, measured=measured, **changes)
+    advice = advise(sweep)
+    assert (advice.verdicts, advice.chosen, advice.options) == ((), None, ())
+    assert headline(advice).startswith(f"no advice: {message}")
+    text = advice_text(sweep, advice)
+    assert "options to copy" not in text
+    assert "about" not in headline(advice)
+    assert "| decoder.qkv" in text
+    assert all(f"failed at {failure.product}: {failure.problem}" in text for failure in sweep.failed)
+    check_same_products(sweep, resolve(sweep.preset), stage=0)
+
+
+def test_delayed_scaling_is_said_to_be_timed_pessimistically() -> None:
+    pessimistic = "delayed: each layer was timed alone and updates its amax history by itself"
+    assert pessimistic in advice_text(*advice_on("one_recipe"))
+    sweep = recorded("one_recipe")
+    bare = replace(sweep, measured=tuple(Measured(m.product, {"bf16": m.times["bf16"]}) for m in sweep.measured))
+    assert pessimistic not in advice_text(bare, advise(bare))
+
+
+def test_the_text_says_when_and_with_what_it_was_measured() -> None:
+    sweep = replace(recorded("one_recipe"), versions={"torch": "2.11.0", "driver": "580.1"})
+    assert f"measured {sweep.date} with torch 2.11.0, driver 580.1" in advice_text(sweep, advise(sweep))
 
 
 @pytest.mark.parametrize("share", [-0.1, 1.0])
@@ -199,6 +289,19 @@ def test_numbers_survive_the_file(name: str, tmp_path: Path) -> None:
     assert read_sweep(path) == sweep
 
 
+def test_a_record_of_failures_survives_the_file(tmp_path: Path) -> None:
+    sweep = without(
+        recorded("clear_win"),
+        [Failed(ATTENTION, "bf16", "RuntimeError: one"), Failed("decoder.fc1", "bf16", "RuntimeError: two")],
+        attention_ms=None,
+        stopped="the device is gone",
+    )
+    path = tmp_path / "again.json"
+    for kept in (sweep, replace(sweep, measured=())):
+        path.write_text(json.dumps(sweep_to_json(kept)), encoding="utf-8")
+        assert read_sweep(path) == kept
+
+
 def test_a_malformed_file_is_named() -> None:
     with pytest.raises(DataError, match=r"measured\[0\]: times: bf16 holds .*forwards_ms"):
         recorded("malformed")
@@ -207,9 +310,10 @@ def test_a_malformed_file_is_named() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda c: c.update(version=2), "version 2 of recorded numbers, not 1"),
+        (lambda c: c.update(version=1), "version 1 of recorded numbers, not 2"),
         (lambda c: c.update(measured=[]), "no measured product"),
         (lambda c: c.update(attention_ms="long"), "attention_ms is 'long'"),
+        (lambda c: c.update(failed=[{"product": "a", "recipe": "fp4", "problem": ""}]), "a failed in 'fp4', which is"),
         (lambda c: c["measured"][0]["times"].pop("bf16"), "bf16 must be among them"),
         (lambda c: c["measured"][1]["times"].update(fp4=c["measured"][1]["times"]["bf16"]), "bf16 must be among them"),
         (lambda c: c["measured"][0]["times"]["bf16"].update(forward_ms=0), "all above 0"),

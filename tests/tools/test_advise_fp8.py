@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,28 @@ def test_a_malformed_file_is_refused(capsys: pytest.CaptureFixture[str]) -> None
     assert capsys.readouterr().err.startswith("DataError")
 
 
+def test_a_sweep_that_ended_early_gives_no_advice(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    content = json.loads((RECORDED / "invented_clear_win.json").read_text(encoding="utf-8"))
+    lost = content["measured"].pop()["product"]["name"]
+    problem = "AcceleratorError: an illegal memory access"
+    content |= {
+        "failed": [{"product": lost, "recipe": "bf16", "problem": problem}],
+        "unmeasured": [lost],
+        "stopped": "the device did not answer any more",
+    }
+    numbers = tmp_path / "numbers.json"
+    numbers.write_text(json.dumps(content), encoding="utf-8")
+    assert run("--recorded", str(numbers)) == 1
+    text = capsys.readouterr().out
+    assert f"no advice: {lost} has no time in bf16: the device did not answer any more" in text
+    assert f"bf16 failed at {lost}: {problem}" in text
+
+
+def test_a_misspelled_recipe_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--preset", "mm1_30b", "--recipes", "tensorwise,blockwize") == 2
+    assert "'blockwize', no FP8 recipe" in capsys.readouterr().err
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU: the sweep would run")
 def test_without_a_gpu_it_says_what_works_anywhere(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert run("--preset", "mm1_30b", "--record", str(tmp_path / "numbers.json")) == 2
@@ -55,6 +78,7 @@ def test_without_a_gpu_it_says_what_works_anywhere(capsys: pytest.CaptureFixture
     "argv",
     [
         ("--record", "a.json", "--recorded", "b.json"),
+        ("--recipes", "delayed", "--recorded", "b.json"),
         ("--other-share", "1.0"),
         ("--repeats", "0"),
         ("--micro-batches", "0"),
