@@ -24,11 +24,13 @@ $(STAMP): requirements.txt setup.py
 quickstart: venv
 	MODEL="$(MODEL)" PYTHON="$(abspath $(VENV))/bin/python" bash examples/quickstart/run.sh
 
+# tests of the CPU's emulated devices cannot share a process, or a machine's view, with real ones
 test: venv
-	$(VENV)/bin/python -m pytest -m "not soak"
+	$(VENV)/bin/python -m pytest -m gpu tests/gpu
+	CUDA_VISIBLE_DEVICES= $(VENV)/bin/python -m pytest -m "not gpu and not soak"
 
 soak: venv
-	$(VENV)/bin/python -m pytest -m soak
+	CUDA_VISIBLE_DEVICES= $(VENV)/bin/python -m pytest -m soak
 
 lint: venv
 	$(VENV)/bin/ruff check .

@@ -21,7 +21,8 @@ from mm15_megatron.errors import MM15Error
 
 EXIT_BAD_INPUT = 2
 # Slices fill the memory, and cases differ in what they allocate when: fixed segments would fragment.
-ENVIRONMENT = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+# NCCL may not register what such a segment holds when graphs are captured.
+ENVIRONMENT = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", "NCCL_GRAPH_REGISTER": "0"}
 RESULTS = Path("benchmarks/results") / f"gpu-{DEVICE_PLACE}"
 _SHOWN = (*ENVIRONMENT, "CUDA_DEVICE_MAX_CONNECTIONS", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")
 

@@ -3,15 +3,19 @@
     python tools/bench_step.py [--preset P] [section.field=value ...] [--steps 20] [--output PATH]
 
 Both loops run in this process on the same model, one after the other, step by step in turn, so that a machine that
-slows down slows both. The bare loop is what megatron-core's own documentation shows: its schedule, its vocabulary-
-parallel cross-entropy, its ``finalize_model_grads`` with a token count, ``optimizer.step()`` with its gradient norm and
-clipping. Ours adds the weighted loss with its z-loss, the normalisation by real targets, the router figures and the
-check that skips a bad step. Both pass over the logits equally often (maximum, shift, exponential, sum, normalisation,
-scaling) and scale the gradients in a pass of their own; ours keeps the losses and figures for one read of the device.
+slows down slows both. The bare loop (``mm15_megatron/bench/bare.py``) is what megatron-core's own documentation shows:
+its schedule, its vocabulary-parallel cross-entropy, its ``finalize_model_grads`` with a token count,
+``optimizer.step()`` with its gradient norm and clipping. Ours adds the weighted loss with its z-loss, the normalisation
+by real targets, the router figures and the check that skips a bad step. Both pass over the logits equally often
+(maximum, shift, exponential, sum, normalisation, scaling) and scale the gradients in a pass of their own; ours keeps
+the losses and figures for one read of the device.
 
 After the timed steps a few of each loop are profiled, and the operators whose own time differs most are listed. What
 one loop computes no differently can stand there too: the same matrix products take a few per cent more or less from one
 profile to the next, so only what is larger than that says something about the loops.
+
+Debug presets are enlarged until a step is arithmetic; others are taken as they are. On a GPU ``tools/bench_gpu.py``
+measures the same ratio on slices of the large models.
 """
 
 from __future__ import annotations
@@ -22,19 +26,16 @@ import statistics
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core.distributed.finalize_model_grads import finalize_model_grads
-from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 
 from mm15_megatron.batch import MMBatch
+from mm15_megatron.bench.bare import LOOPS, pair_ratio, run_step
 from mm15_megatron.config.parse import apply_overrides
 from mm15_megatron.config.schema import RunConfig
 from mm15_megatron.errors import MM15Error
@@ -47,9 +48,8 @@ from mm15_megatron.parallel.topology import build_topology, close_topology
 from mm15_megatron.parity.stream import global_batch, rank_batches
 from mm15_megatron.presets import resolve
 from mm15_megatron.training.optimizer import build_optimizer, wrap_chunks
-from mm15_megatron.training.step import StepParts, set_gradient_hook, train_step
+from mm15_megatron.training.step import StepParts
 
-LOOPS = ("bare", "ours")
 PROFILED_STEPS, PROFILES, LISTED = 2, 3, 10
 
 # Large enough that a step is arithmetic, small enough for a laptop.
@@ -85,47 +85,6 @@ def build(cfg: RunConfig, stack: ExitStack) -> tuple[StepParts, list[MMBatch]]:
     return parts, [local_batch(whole, topology=topology, image_size=cfg.vision.image_size) for whole in wholes]
 
 
-def bare_step(parts: StepParts, batches: Sequence[MMBatch]) -> None:
-    """One step of a plain megatron-core loop."""
-    set_gradient_hook(parts, partial(_finalise_bare, parts=parts, batches=batches))
-    for chunk in parts.chunks:
-        chunk.zero_grad_buffer()
-    parts.optimizer.zero_grad()
-    cfg = parts.cfg
-    get_forward_backward_func()(
-        forward_step_func=_bare_forward,
-        data_iterator=iter(batches),
-        model=list(parts.chunks),
-        num_microbatches=len(batches),
-        seq_length=cfg.data.seq_length * cfg.train.micro_batch_size,
-        micro_batch_size=1,
-        forward_only=False,
-    )
-    parts.optimizer.step()
-
-
-def _finalise_bare(chunks: Sequence[Any], *, parts: StepParts, batches: Sequence[MMBatch]) -> None:
-    tokens = sum(int(batch.loss_mask_T.sum()) for batch in batches if batch.loss_mask_T is not None)
-    count = torch.tensor([tokens], dtype=torch.int, device=parts.topology.device)
-    finalize_model_grads(list(chunks), num_tokens=count, pg_collection=parts.topology.groups)
-
-
-def _bare_forward(batches: Iterator[MMBatch], chunk: Any) -> tuple[torch.Tensor, Callable[..., Any]]:
-    batch = next(batches)
-
-    def loss(logits_1TV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-        losses_1T = vocab_parallel_cross_entropy(logits_1TV.float(), batch.labels_T[None])
-        total = (losses_1T[0] * batch.loss_mask_T).sum()
-        return total, batch.loss_mask_T.sum().int(), {"loss": total.detach()}
-
-    return chunk(batch), loss
-
-
-def our_step(parts: StepParts, batches: Sequence[MMBatch]) -> None:
-    """One step of the trainer."""
-    train_step(parts, iter(batches), num_microbatches=len(batches))
-
-
 @dataclass(frozen=True)
 class Timings:
     """What the timed steps took, by loop.
@@ -159,13 +118,6 @@ class OperatorTime:
     def difference(self) -> float:
         """How much more it takes in our loop, milliseconds."""
         return self.milliseconds["ours"] - self.milliseconds["bare"]
-
-
-def run_step(loop: str, parts: StepParts, batches: Sequence[MMBatch]) -> None:
-    """Take one step of a loop and wait for the device."""
-    (bare_step if loop == "bare" else our_step)(parts, batches)
-    if parts.topology.device.type == "cuda":
-        torch.cuda.synchronize()
 
 
 def measure(parts: StepParts, batches: Sequence[MMBatch], *, steps: int) -> Timings:
@@ -205,22 +157,6 @@ def breakdown(parts: StepParts, batches: Sequence[MMBatch]) -> list[OperatorTime
     return sorted(found.values(), key=lambda entry: -abs(entry.difference))
 
 
-@dataclass(frozen=True)
-class PairRatio:
-    """Ours divided by bare over the pairs of steps: median and quartiles."""
-
-    median: float
-    low: float
-    high: float
-
-
-def pair_ratio(values: dict[str, list[float]]) -> PairRatio:
-    """Divide each of our steps by the bare one of its pair."""
-    ratios = [ours / bare for ours, bare in zip(values["ours"], values["bare"], strict=True)]
-    low, _, high = statistics.quantiles(ratios, n=4)
-    return PairRatio(statistics.median(ratios), low, high)
-
-
 def report(
     cfg: RunConfig, timings: Timings, operators: Sequence[OperatorTime], *, command: str
 ) -> tuple[str, dict[str, Any]]:
@@ -257,7 +193,7 @@ def report(
         "median_processor_seconds": occupied,
         "page_faults": faults,
         "operators": [asdict(operator) for operator in operators[:LISTED]],
-        "options": {"language": vars(cfg.language), "data.seq_length": cfg.data.seq_length},
+        "options": {"preset": cfg.preset, "language": vars(cfg.language), "data.seq_length": cfg.data.seq_length},
         "command": command,
         "machine": machine,
         "versions": library_versions(),
@@ -296,7 +232,8 @@ def main() -> int:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     try:
-        cfg = apply_overrides(resolve(arguments.preset), [*DEFAULTS, *arguments.options])
+        enlarged = DEFAULTS if arguments.preset.startswith("debug") else ()
+        cfg = apply_overrides(resolve(arguments.preset), [*enlarged, *arguments.options])
         with ExitStack() as stack:
             parts, batches = build(cfg, stack)
             timings = measure(parts, batches, steps=arguments.steps)

@@ -30,7 +30,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 ANSWER = "gpu_environment answers: "
-PROBE_SECONDS, COLLECTION_SECONDS = 180, 600
+PROBE_SECONDS, COLLECTION_SECONDS = 180, 300
 GIB = 2**30
 Facts = dict[str, Any]
 
@@ -177,15 +177,24 @@ def probe_slurm() -> Facts:
 
 
 def probe_parity() -> Facts:
-    """Whether ``tools/check_parity.py --device cuda`` can start."""
+    """Whether a rank of ``tools/check_parity.py --device cuda`` can start and use the device."""
     from mm15_megatron.errors import BackendError
     from mm15_megatron.parity.check import this_machine
+    from mm15_megatron.parity.ranks import run_on_ranks
 
     try:
         machine = this_machine("cuda")
     except BackendError as error:
         return {"problem": error.problem}
-    return {"machine": str(machine)}
+    (name,) = run_on_ranks(_name_of_device, 1, device="cuda", timeout=PROBE_SECONDS / 2)
+    return {"machine": str(machine), "device": name}
+
+
+def _name_of_device() -> str:
+    import torch
+
+    torch.cuda.init()
+    return torch.cuda.get_device_name()
 
 
 PROBES: Mapping[str, Callable[[], Facts]] = {
@@ -359,25 +368,40 @@ def groups_of(tests: Sequence[Facts], *, recipes: Mapping[str, str | None]) -> l
     return [*found, group("all other files", rest)] if rest else found
 
 
+def python_command() -> str:
+    """Return how a Python of this machine finds the package from the root of the checkout."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        version("mm15-megatron")
+    except PackageNotFoundError:
+        return "PYTHONPATH=.:$PYTHONPATH python"
+    return "python"
+
+
 def commands(answers: Mapping[str, Answer]) -> list[tuple[str, str | None]]:
-    """Return the project's commands for such a machine, and why one cannot run here (None: it can)."""
+    """Return the project's commands for such a machine, and why one cannot run here (None: it can).
+
+    GPU tests run file by file: an error that leaves the device unusable ends those of its own process alone.
+    """
     gpu, engine = answers["torch"].problem, answers["transformer-engine"].problem
     recipes = answers["transformer-engine"].facts.get("recipes", {})
     usable = [name for name, problem in recipes.items() if problem is None]
     gpus = max(1, len(answers["torch"].facts.get("devices", [])))
     no_recipe = None if usable else next(iter(recipes.values()), engine)
-    on_gpu = "kernels.params_dtype=bf16 parallel.device=cuda"
+    python = python_command()
+    files = sorted({test["id"].partition("::")[0] for test in answers["tests"].facts.get("tests", []) if test["gpu"]})
     train = "-m mm15_megatron.train --preset mm15_3b --config my.yaml train.run_dir=runs/mine"
     return [
-        ("make test", None),
-        ("python -m pytest tests/gpu", gpu),
+        (f'CUDA_VISIBLE_DEVICES= {python} -m pytest -m "not gpu and not soak"', None),
+        *((f"{python} -m pytest {file} -v --durations=20", gpu) for file in files),
         (
-            "python tools/check_parity.py --preset debug_moe --device cuda --dtype bf16 --layouts packed,accum2",
+            f"{python} tools/check_parity.py --preset debug_moe --device cuda --dtype bf16 --layouts packed,accum2",
             answers["parity on cuda"].problem,
         ),
-        (f"python tools/bench_step.py --preset debug_dense {on_gpu}", gpu),
-        ("python tools/bench_gpu.py", gpu or engine),
-        ("python tools/advise_fp8.py --preset mm1_30b --record numbers.json", gpu or engine or no_recipe),
+        (f"{python} tools/bench_gpu.py", gpu),
+        (f"{python} tools/advise_fp8.py --preset mm1_30b --record numbers.json", gpu or engine or no_recipe),
+        (f"{python} tools/bench_step.py kernels.params_dtype=bf16 parallel.device=cuda", gpu),
         (f"torchrun --nproc-per-node {gpus} {train}", gpu),
         ("sbatch --nodes=1 --gpus-per-node=1 slurm/train.sbatch --preset mm15_3b", gpu or answers["slurm"].problem),
     ]

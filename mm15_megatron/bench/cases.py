@@ -20,7 +20,7 @@ DEFAULT_PRESETS = {
 WARM_UP_STEPS, PROFILED_STEPS = 3, 2
 # Before anything was measured: processes, model and warm-up of the kernels; and a rate that every case should reach.
 FIRST_GUESS_SECONDS, FIRST_GUESS_SHARE_OF_PEAK = 20.0, 0.3
-# A case takes about as long as the slowest one of its family before it.
+# A case takes about as long as the last one of its family before it; the first one also fills compilers' caches.
 SAFETY = 1.15
 
 
@@ -33,29 +33,44 @@ class Case:
         recipe: FP8 recipe; None = bf16.
         local: local layers instead of Transformer Engine's.
         fp8_vision: the encoder in FP8 too.
+        graphs: dense feed-forward blocks are replayed as CUDA graphs.
     """
 
     family: str
     recipe: str | None = None
     local: bool = False
     fp8_vision: bool = False
+    graphs: bool = False
 
     @property
     def name(self) -> str:
         """What ``--cases`` calls it."""
         precision = f"fp8-{self.recipe}" if self.recipe else "bf16"
-        return "-".join([self.family, precision, *(["local"] * self.local), *(["vision"] * self.fp8_vision)])
+        marks = [word for word in ("local", "vision", "graphs") if self.has(word)]
+        return "-".join([self.family, precision, *marks])
+
+    def has(self, word: str) -> bool:
+        """Whether a word of ``name`` applies."""
+        return {"local": self.local, "vision": self.fp8_vision, "graphs": self.graphs}[word]
+
+    @property
+    def beside_bare(self) -> bool:
+        """Whether a bare megatron-core loop is timed on the same model: the plain bf16 case of each family."""
+        return self.recipe is None and not self.local and not self.graphs
 
     @property
     def precision(self) -> str:
         """The precision in words."""
         words = f"FP8 {self.recipe}" if self.recipe else "bf16"
-        return words + (", encoder too" if self.fp8_vision else "") + (", local layers" if self.local else "")
+        marks = {"vision": "encoder too", "local": "local layers", "graphs": "CUDA graphs"}
+        return ", ".join([words, *(text for word, text in marks.items() if self.has(word))])
 
 
 CASES: tuple[Case, ...] = (
+    Case("dense", "tensorwise", fp8_vision=True),
     Case("dense"),
     Case("dense", "tensorwise"),
+    Case("moe", "tensorwise", fp8_vision=True),
     Case("moe"),
     Case("dense", "delayed"),
     Case("dense", "blockwise"),
@@ -64,12 +79,13 @@ CASES: tuple[Case, ...] = (
     Case("moe", "delayed"),
     Case("moe", "blockwise"),
     Case("moe", local=True),
-    Case("dense", "tensorwise", fp8_vision=True),
-    Case("moe", "tensorwise", fp8_vision=True),
+    Case("dense", graphs=True),
+    Case("dense", "tensorwise", graphs=True),
     Case("dense", "mxfp8"),
     Case("moe", "mxfp8"),
 )
-"""What decides a target comes first: where the time runs out, the last ones are left out."""
+"""What decides a target comes first: where the time runs out, the last ones are left out. The case of each family that
+takes most memory leads, so that a slice that is too large is cut before anything was measured on it."""
 
 
 @dataclass(frozen=True)
@@ -145,12 +161,14 @@ def case_config(case: Case, sliced: RunConfig, *, device: Device, options: Seque
     Raises:
         ConfigError: an option is wrong, or the result cannot be trained.
     """
-    on_cuda = device.kind == "cuda"
+    compiles = device.kind == "cuda" and device.compile_problem is None
     values = {
         "kernels.transformer_impl": "local" if case.local else "transformer_engine",
         "kernels.gradient_accumulation_fusion": not case.local,
-        "kernels.moe_permute_fusion": not case.local and sliced.moe.num_moe_experts > 0,
-        "kernels.compile_fusions": on_cuda and device.compile_problem is None,
+        # Transformer Engine's permutation is a Triton kernel too
+        "kernels.moe_permute_fusion": compiles and not case.local and sliced.moe.num_moe_experts > 0,
+        "kernels.compile_fusions": compiles,
+        "kernels.cuda_graph_scope": ("mlp",) if case.graphs else (),
         "precision.fp8": None if case.recipe is None else "hybrid",
         "precision.fp8_vision": case.fp8_vision,
     }
@@ -190,7 +208,7 @@ class Budget:
         """
         before = self.measured.get(case.family)
         if before:
-            return SAFETY * max(before)
+            return SAFETY * before[-1]
         rows = cfg.train.global_batch_size
         flops = step_flops(cfg, rows=rows, tiles=rows * planned_tiles_per_row(cfg)).total
         all_steps = WARM_UP_STEPS + steps + PROFILED_STEPS

@@ -74,7 +74,8 @@ class FreshProcesses:
         self._waiting = self._start()
         deadline, patience = time.monotonic() + seconds, _CLOSING_SECONDS
         try:
-            pipe.send((function, arguments))
+            with suppress(BrokenPipeError):  # it ended while it waited; what it says of that is still to be read
+                pipe.send((function, arguments))
             while pipe.poll(max(0.0, deadline - time.monotonic())):
                 kind, value = pipe.recv()
                 if kind != _SAID:

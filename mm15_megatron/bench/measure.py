@@ -18,6 +18,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from mm15_megatron.accounting import memory_estimate, planned_tiles_per_row, step_flops
 from mm15_megatron.batch import MMBatch
+from mm15_megatron.bench.bare import pair_ratio, seconds_in_turn
 from mm15_megatron.bench.cases import PROFILED_STEPS, WARM_UP_STEPS
 from mm15_megatron.bench.rows import full_rows
 from mm15_megatron.bench.trace import breakdown
@@ -75,15 +76,24 @@ def build(cfg: RunConfig, stack: ExitStack, *, scale: Scale) -> tuple[StepParts,
     apply_schedule(optimizer, cfg, step=max(1, cfg.schedule.warmup_steps))
     batches = [local_batch(row, topology=topology, image_size=cfg.vision.image_size) for row in full_rows(cfg)]
     scale.mark("rows")
-    return StepParts(cfg, topology, wrapped, optimizer), batches
+    parts = StepParts(cfg, topology, wrapped, optimizer)
+    if parts.graphs is not None:
+        stack.callback(parts.graphs.close)
+    return parts, batches
 
 
-def measure_case(cfg: RunConfig, *, steps: int, say: Say) -> dict[str, Any]:
+def warm_up_steps(cfg: RunConfig) -> int:
+    """Steps before anything is timed: libraries are loaded, kernels chosen, graphs captured and replayed once."""
+    return max(WARM_UP_STEPS, cfg.kernels.cuda_graph_warmup_steps + 2 if cfg.kernels.cuda_graph_scope else 0)
+
+
+def measure_case(cfg: RunConfig, *, steps: int, beside_bare: bool, say: Say) -> dict[str, Any]:
     """Measure one configuration; every step takes the same rows.
 
     Args:
         cfg: a configuration of one rank.
         steps: timed steps, after a warm-up and before two profiled ones.
+        beside_bare: at the end, also time as many steps in turn with a bare megatron-core loop over the same model.
         say: takes progress.
 
     Returns:
@@ -99,7 +109,7 @@ def measure_case(cfg: RunConfig, *, steps: int, say: Say) -> dict[str, Any]:
         scale.note_state(parts)
         if scale.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        outputs = [first, *(_step(parts, batches) for _ in range(WARM_UP_STEPS - 1))]
+        outputs = [first, *(_step(parts, batches) for _ in range(warm_up_steps(cfg) - 1))]
         say(f"warm after {time.perf_counter() - started:.1f} s, loss {outputs[-1].loss:.4f}")
         seconds = []
         for _ in range(steps):
@@ -109,6 +119,7 @@ def measure_case(cfg: RunConfig, *, steps: int, say: Say) -> dict[str, Any]:
         memory = weigh(cfg, scale)
         profiled, more = _profile(parts, batches)
         outputs += more
+        bare = _beside_bare(parts, batches, steps=steps, say=say) if beside_bare else None
     return {
         "build_and_warm_up_seconds": time.perf_counter() - started - sum(seconds),
         **rates(cfg, seconds),
@@ -118,7 +129,19 @@ def measure_case(cfg: RunConfig, *, steps: int, say: Say) -> dict[str, Any]:
         "problem": problem_of([output.loss for output in outputs], applied=[output.applied for output in outputs]),
         "memory": memory,
         "profile": profiled,
+        "beside_bare": bare,
     }
+
+
+def _beside_bare(parts: StepParts, batches: Sequence[MMBatch], *, steps: int, say: Say) -> dict[str, Any]:
+    """Return seconds of both loops and the ratio of their pairs, or why there is none."""
+    try:
+        seconds = seconds_in_turn(parts, batches, pairs=max(2, steps))
+    except torch.OutOfMemoryError as error:  # the bare loop keeps fp32 copies of the logits
+        return {"problem": f"out of memory: {error}"}
+    ratio = pair_ratio(seconds)
+    say(f"ours / bare: {ratio.median:.3f}")
+    return {"seconds": seconds, "ratio": ratio.median, "quartiles": [ratio.low, ratio.high], "problem": None}
 
 
 def _step(parts: StepParts, batches: Sequence[MMBatch]) -> StepOutput:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+import shutil
 import statistics
+import subprocess
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -119,7 +121,7 @@ def look_at(kind: str) -> Device:
         kind="cuda",
         name=torch.cuda.get_device_name(),
         memory=float(torch.cuda.mem_get_info()[0]),
-        driver=_driver(),
+        driver=driver_version(),
         capability=f"{major}.{minor}",
         cuda=str(torch.version.cuda),
         transformer_engine_problem=transformer_engine_problem(),
@@ -128,11 +130,22 @@ def look_at(kind: str) -> Device:
     )
 
 
-def _driver() -> str:
+def driver_version() -> str:
+    """Return the version of the GPU driver as the kernel tells it, or nvidia-smi; empty if neither does."""
     path = Path("/proc/driver/nvidia/version")
     text = path.read_text(encoding="utf-8") if path.is_file() else ""
     match = re.search(r"Kernel Module.*?(\d+(?:\.\d+)+)", text)
-    return match.group(1) if match else ""
+    if match:
+        return match.group(1)
+    smi = shutil.which("nvidia-smi")
+    if smi is None:
+        return ""
+    query = [smi, "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        asked = subprocess.run(query, capture_output=True, text=True, check=False, timeout=60)
+    except subprocess.TimeoutExpired:
+        return ""
+    return asked.stdout.split("\n")[0].strip() if asked.returncode == 0 else ""
 
 
 def _compile_problem() -> str | None:

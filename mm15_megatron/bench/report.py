@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import os
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from mm15_megatron.bench.kernels import CLASSES
 from mm15_megatron.bench.outcome import CaseOutcome
 from mm15_megatron.bench.slices import Slice
 from mm15_megatron.bench.targets import Target
-from mm15_megatron.evaluation.report import library_versions, machine_facts, write_report
+from mm15_megatron.evaluation.report import commit, library_versions, machine_facts, write_report
 
 LEFT_OUT = (
     "One GPU leaves out the communication of tensor, pipeline, expert and data parallelism, and the input pipeline: "
@@ -35,6 +37,7 @@ class Report:
         command: the command line.
         environment: environment variables that matter, as they are set.
         budget_seconds: how long it may take.
+        date: when it began, UTC.
         spent_seconds: how long it took.
         complete: every case was dealt with.
         device: the device; None = not yet looked at.
@@ -49,6 +52,7 @@ class Report:
     command: str
     environment: Mapping[str, str]
     budget_seconds: float
+    date: str = field(default_factory=lambda: datetime.now(tz=UTC).date().isoformat())
     spent_seconds: float = 0.0
     complete: bool = False
     device: Device | None = None
@@ -84,6 +88,8 @@ def content(report: Report) -> dict[str, Any]:
     found: dict[str, Any] = plain(
         {
             "command": report.command,
+            "date": report.date,
+            "commit": commit(),
             "complete": report.complete,
             "environment": dict(report.environment),
             "budget_seconds": report.budget_seconds,
@@ -126,6 +132,7 @@ def markdown(report: Report) -> str:
     for title, table in (
         ("Cases", _case_table(report)),
         ("Memory, GiB measured (over the estimate of `accounting`)", _memory_table(report.outcomes)),
+        ("Beside a bare megatron-core loop", _bare_table(report.outcomes)),
         ("Kernel time of a step, ms (share of all kernel time)", _breakdown_table(report.outcomes)),
         ("Stillness and host waits, for one step", _wait_table(report.outcomes)),
         ("Not measured", _missing_lines(report.outcomes)),
@@ -141,10 +148,11 @@ def _head(report: Report) -> list[str]:
     device = report.device
     versions = ", ".join(f"{name} {number}" for name, number in library_versions(LIBRARIES).items())
     found = "the device was not reached" if device is None else f"{device.name}, {device.memory / 2**30:.1f} GiB free"
-    if device is not None and device.driver:
-        found += f", driver {device.driver}, CUDA {device.cuda}"
+    if device is not None and device.kind == "cuda":
+        found += f", driver {device.driver or 'unknown'}, CUDA {device.cuda}"
     state = "complete" if report.complete else "INTERRUPTED OR STILL RUNNING"
     lines = [
+        f"{report.date}, commit {commit() or 'unknown'}.",
         f"`{report.command}`: {state}, {report.spent_seconds / 60:.1f} of {report.budget_seconds / 60:.1f} minutes.",
         "",
         f"{found}; {versions}; "
@@ -169,7 +177,6 @@ def _slice_lines(report: Report) -> list[str]:
         needed, allowed = part.needed / 2**30, part.allowed / 2**30
         lines.append(f"{name}{part.describe()}; {needed:.1f} GiB expected at most, {allowed:.1f} GiB allowed")
         lines += [f"  - leaves out {line}" for line in part.leaves_out()]
-    lines += ["", "The loop beside a bare megatron-core loop on the same layers: `tools/bench_step.py`."]
     return lines
 
 
@@ -221,10 +228,26 @@ def _memory_table(outcomes: Sequence[CaseOutcome]) -> list[str]:
     return _table(("case", *parts, "reserved"), rows)
 
 
+def _bare_table(outcomes: Sequence[CaseOutcome]) -> list[str]:
+    rows = []
+    for outcome in _measured(outcomes):
+        bare = outcome.figures["beside_bare"]
+        if bare and bare["problem"] is None:
+            low, high = bare["quartiles"]
+            medians = [f"{statistics.median(bare['seconds'][loop]):.4g}" for loop in ("bare", "ours")]
+            rows.append((outcome.case.name, *medians, f"{bare['ratio']:.3f}", f"{low:.3f} to {high:.3f}"))
+        elif bare:
+            rows.append((outcome.case.name, "", "", bare["problem"], ""))
+    return _table(("case", "s a step, bare", "s a step, ours", "ours / bare, median of pairs", "quartiles"), rows)
+
+
 def _breakdown_table(outcomes: Sequence[CaseOutcome]) -> list[str]:
     rows = []
     for outcome in _measured(outcomes):
         profile = outcome.figures["profile"]
+        if profile["problem"] is not None:
+            rows.append((outcome.case.name, profile["problem"], *[""] * (len(CLASSES) - 1)))
+            continue
         cells = [f"{profile['milliseconds'][name]:.1f} ({profile['shares'][name]:.0%})" for name in CLASSES]
         rows.append((outcome.case.name, *cells))
     return _table(("case", *CLASSES), rows)
@@ -234,6 +257,8 @@ def _wait_table(outcomes: Sequence[CaseOutcome]) -> list[str]:
     rows = []
     for outcome in _measured(outcomes):
         profile = outcome.figures["profile"]
+        if profile["problem"] is not None:
+            continue
         longest = profile["longest_gaps"]
         waits = ", ".join(f"{name} {wait['calls']:g}" for name, wait in profile["host_waits"].items())
         rows.append(

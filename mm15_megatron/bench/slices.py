@@ -89,7 +89,10 @@ class Slice:
         """Return what the whole model in its own layout does and the slice does not."""
         cfg, whole = self.config, self.whole
         p = whole.parallel
-        lines = []
+        lines = [
+            f"a step of {whole.train.global_batch_size} rows over all ranks: here the optimizer's pass, and the FP8 "
+            f"copies of the weights, are shared by {cfg.train.global_batch_size} rows of one GPU"
+        ]
         if cfg.language.num_layers < whole.language.num_layers:
             lines.append(
                 f"{whole.language.num_layers - cfg.language.num_layers} decoder layers, so encoder and connector "

@@ -10,6 +10,7 @@ from mm15_megatron.bench.outcome import CaseOutcome
 DENSE_SHARE_OF_PEAK = 0.60
 FP8_OVER_BF16, FP8_OVER_BF16_STRETCH = 1.25, 1.35
 MOE_TFLOPS = 300.0
+LOOP_OVERHEAD = 0.03
 JUDGED_PRESETS = {"dense": "mm1_30b", "moe": "mm1_3b_moe"}
 
 
@@ -50,6 +51,7 @@ def judge(
         _dense_share(outcomes, peak_tflops, _objection("dense", device, presets)),
         _fp8_gain(outcomes, _objection("dense", device, presets)),
         _moe_rate(outcomes, _objection("moe", device, presets)),
+        _loop(outcomes, "dense", _objection("dense", device, presets)),
     ]
 
 
@@ -101,3 +103,16 @@ def _moe_rate(outcomes: Sequence[CaseOutcome], objection: str | None) -> Target:
         return Target(name, MOE_TFLOPS, None, objection or "no case of the slice ran")
     found = max(ran, key=lambda outcome: outcome.tflops)
     return Target(name, MOE_TFLOPS, found.tflops, f"{found.tflops:.0f} TFLOP/s ({found.case.name})")
+
+
+def _loop(outcomes: Sequence[CaseOutcome], family: str, objection: str | None) -> Target:
+    goal = 1 / (1 + LOOP_OVERHEAD)
+    name = f"30B slice: our step at most {LOOP_OVERHEAD:.0%} slower than a bare megatron-core loop on the same layers"
+    beside = [outcome.figures["beside_bare"] for outcome in _ran(outcomes, family) if outcome.case.beside_bare]
+    found = next((figures for figures in beside if figures and figures["problem"] is None), None)
+    if objection or found is None:
+        problem = next((figures["problem"] for figures in beside if figures), "no case was timed beside it")
+        return Target(name, goal, None, objection or str(problem))
+    low, high = found["quartiles"]
+    text = f"ours / bare {found['ratio']:.3f} (quartiles {low:.3f} and {high:.3f})"
+    return Target(name, goal, 1 / found["ratio"], text)

@@ -187,6 +187,7 @@ def breakdown(events: Sequence[Mapping[str, Any]], *, device: str, steps: int) -
     total = sum(times.values())
     return {
         "steps": steps,
+        "problem": None if spans else "the profiler recorded no kernel",
         "milliseconds": {name: time / steps / 1e3 for name, time in times.items()},
         "shares": {name: time / total if total else 0.0 for name, time in times.items()},
         "window_milliseconds": still.window / steps / 1e3,

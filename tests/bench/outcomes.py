@@ -27,7 +27,9 @@ def figures(*, tflops: float, tokens: float = 1000.0, on_gpu: bool = True) -> di
             "measured_over_estimated": dict.fromkeys(PARTS, 2.0) if on_gpu else {},
             "max_reserved_bytes": 2.0**32 if on_gpu else None,
         },
+        "beside_bare": None,
         "profile": {
+            "problem": None,
             "milliseconds": dict.fromkeys(CLASSES, 10.0),
             "shares": dict.fromkeys(CLASSES, 1 / len(CLASSES)),
             "window_milliseconds": 100.0,

@@ -22,14 +22,19 @@ def config_of(case: Case, device: Device = HOPPER, *, options=()):
 
 def test_every_slice_runs_in_bf16_in_every_recipe_and_with_local_layers():
     for family in ("dense", "moe"):
-        recipes = {(case.recipe, case.local) for case in CASES if case.family == family and not case.fp8_vision}
+        plain = [case for case in CASES if case.family == family and not (case.fp8_vision or case.graphs)]
+        recipes = {(case.recipe, case.local) for case in plain}
         fp8 = {(recipe, False) for recipe in ("tensorwise", "delayed", "blockwise", "mxfp8")}
         assert recipes == fp8 | {(None, False), (None, True)}
     assert len({case.name for case in CASES}) == len(CASES)
 
 
-def test_what_targets_need_comes_first():
-    assert [case.name for case in CASES[:3]] == ["dense-bf16", "dense-fp8-tensorwise", "moe-bf16"]
+def test_what_targets_need_comes_first_and_most_memory_before_it():
+    names = [case.name for case in CASES[:5]]
+    assert names[:3] == ["dense-fp8-tensorwise-vision", "dense-bf16", "dense-fp8-tensorwise"]
+    assert names[3:] == ["moe-fp8-tensorwise-vision", "moe-bf16"]
+    assert [case.name for case in CASES if case.beside_bare] == ["dense-bf16", "moe-bf16"]
+    assert CASES[-3].precision == "FP8 tensorwise, CUDA graphs"
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -40,16 +45,19 @@ def test_the_settings_of_every_case_can_be_trained(case):
     assert cfg.kernels.transformer_impl == ("local" if case.local else "transformer_engine")
     assert cfg.kernels.moe_permute_fusion == (case.family == "moe" and not case.local)
     assert cfg.precision.fp8_vision == case.fp8_vision
+    assert cfg.kernels.cuda_graph_scope == (("mlp",) if case.graphs else ())
 
 
 def test_without_a_compiler_fusions_stay_off():
     plain = Device("cuda", "NVIDIA H200", 139 * 2**30, compile_problem="RuntimeError: no C compiler")
     assert config_of(CASES[0]).kernels.compile_fusions
     assert not config_of(CASES[0], plain).kernels.compile_fusions
+    assert config_of(Case("moe")).kernels.moe_permute_fusion
+    assert not config_of(Case("moe"), plain).kernels.moe_permute_fusion, "Triton compiles it"
 
 
 def test_options_override_every_case():
-    cfg = config_of(CASES[1], options=["precision.fp8_vision=true", "kernels.compile_fusions=false"])
+    cfg = config_of(CASES[2], options=["precision.fp8_vision=true", "kernels.compile_fusions=false"])
     assert cfg.precision.fp8_vision
     assert not cfg.kernels.compile_fusions
 
@@ -82,10 +90,10 @@ def test_a_case_is_expected_to_take_as_long_as_its_family_did():
     guess = budget.expected(CASES[0], cfg, steps=5, peak_tflops=750.0)
     assert 30 < guess < 90
     assert budget.expected(CASES[0], cfg, steps=50, peak_tflops=750.0) > guess
-    budget.note(CASES[0], 20.0)
-    budget.note(CASES[1], 40.0)
-    assert budget.expected(CASES[3], cfg, steps=5, peak_tflops=750.0) == pytest.approx(46.0)
-    assert budget.expected(CASES[2], config_of(CASES[2]), steps=5, peak_tflops=750.0) != pytest.approx(46.0)
+    budget.note(Case("dense"), 60.0)
+    budget.note(Case("dense", "tensorwise"), 40.0)
+    assert budget.expected(Case("dense", "delayed"), cfg, steps=5, peak_tflops=750.0) == pytest.approx(46.0)
+    assert budget.expected(Case("moe"), config_of(Case("moe")), steps=5, peak_tflops=750.0) != pytest.approx(46.0)
 
 
 def test_a_case_that_no_longer_fits_is_named():

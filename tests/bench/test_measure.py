@@ -8,9 +8,12 @@ import pytest
 import torch
 
 from mm15_megatron.accounting import planned_tiles_per_row, step_flops
-from mm15_megatron.bench.measure import Scale, measured_parts, problem_of, rates, weigh
+from mm15_megatron.bench.fresh import Failure, FreshProcesses
+from mm15_megatron.bench.measure import Scale, measured_parts, problem_of, rates, warm_up_steps, weigh
 from mm15_megatron.bench.peak import Product, look_at, measure, products_of
-from mm15_megatron.bench.run import short_name
+from mm15_megatron.bench.run import MEASURE, short_name
+from mm15_megatron.bench.slices import one_device
+from mm15_megatron.config.parse import apply_overrides
 from mm15_megatron.errors import BackendError
 from mm15_megatron.presets import resolve
 
@@ -81,3 +84,24 @@ def test_device_names_become_file_names():
 def test_a_gpu_that_is_absent_is_refused():
     with pytest.raises(BackendError, match="finds no usable CUDA device"):
         look_at("cuda")
+
+
+def test_the_bare_loop_is_timed_on_the_same_model():
+    """As on a GPU, on a model that a CPU trains in a moment."""
+    processes, said = FreshProcesses(preload=()), []
+    cfg = one_device(resolve("debug_moe"), device="cpu", micro_batches=2)
+    found = processes.call(MEASURE, seconds=200.0, say=said.append, cfg=cfg, steps=3, beside_bare=True)
+    processes.close()
+    assert not isinstance(found, Failure), found.traceback
+    bare = found["beside_bare"]
+    assert bare["problem"] is None
+    assert {loop: len(seconds) for loop, seconds in bare["seconds"].items()} == {"bare": 3, "ours": 3}
+    low, high = bare["quartiles"]
+    assert 0 < low <= bare["ratio"] <= high
+    assert said[-1] == f"ours / bare: {bare['ratio']:.3f}"
+
+
+def test_graphs_are_captured_before_anything_is_timed():
+    cfg = apply_overrides(resolve("debug_dense"), ["kernels.cuda_graph_warmup_steps=4"])
+    assert warm_up_steps(cfg) == 3
+    assert warm_up_steps(apply_overrides(cfg, ["kernels.cuda_graph_scope=[mlp]"])) == 6

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import re
+from dataclasses import replace
 from pathlib import Path
 
 from mm15_megatron.bench.cases import Case, Device
@@ -11,6 +13,7 @@ from mm15_megatron.bench.outcome import CaseOutcome
 from mm15_megatron.bench.report import LEFT_OUT, Report, content, markdown, plain
 from mm15_megatron.bench.slices import choose_slice
 from mm15_megatron.bench.targets import judge
+from mm15_megatron.bench.trace import breakdown
 from mm15_megatron.presets import resolve
 
 from .outcomes import ran
@@ -74,7 +77,30 @@ def test_json_keeps_tracebacks_and_everything_else():
     assert found["slices"]["dense"]["leaves_out"]
     assert found["measured_peak_tflops"] == 800.0
     assert not found["complete"]
-    assert [target["verdict"] for target in found["targets"]] == ["met", "not judged", "not judged"]
+    assert [target["verdict"] for target in found["targets"]] == ["met", "not judged", "not judged", "not judged"]
+    assert found["date"] == report().date
+    assert re.fullmatch("[0-9a-f]{40}", found["commit"] or 40 * "0")
+
+
+def test_both_loops_stand_in_a_table():
+    found = report()
+    seconds = {"bare": [1.0, 2.0, 3.0], "ours": [1.01, 2.02, 3.03]}
+    bare = {"seconds": seconds, "ratio": 1.01, "quartiles": [1.01, 1.01], "problem": None}
+    first, *others = found.outcomes
+    found.outcomes = [replace(first, figures=first.figures | {"beside_bare": bare}), *others]
+    assert "| dense-bf16 | 2 | 2.02 | 1.010 | 1.010 to 1.010 |" in markdown(found)
+    problem = {"beside_bare": {"problem": "out of memory: no"}}
+    found.outcomes = [replace(first, figures=first.figures | problem), *others]
+    assert "| dense-bf16 |  |  | out of memory: no |  |" in markdown(found)
+
+
+def test_a_profile_without_kernels_is_no_idle_device():
+    found = report()
+    first, *others = found.outcomes
+    empty = breakdown([], device="cuda", steps=2)
+    found.outcomes = [replace(first, figures=first.figures | {"profile": empty}), *others]
+    assert "| dense-bf16 | the profiler recorded no kernel |" in markdown(found)
+    assert "Stillness" not in markdown(found)
 
 
 def test_on_the_cpu_the_memory_table_is_left_out():

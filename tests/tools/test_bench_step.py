@@ -7,6 +7,7 @@ from contextlib import ExitStack
 import pytest
 import torch
 
+from mm15_megatron.bench.bare import LOOPS, run_step
 from mm15_megatron.config.parse import apply_overrides
 from mm15_megatron.parity.ranks import run_on_ranks
 from mm15_megatron.presets import resolve
@@ -25,13 +26,13 @@ def parameters_after(loop: str) -> dict[str, torch.Tensor]:
         for group in parts.optimizer.param_groups:
             group["lr"], group["weight_decay"] = group["max_lr"], 0.0
         before = [p.detach().clone() for p in parts.chunks[0].module.parameters()]
-        getattr(tool, f"{loop}_step")(parts, batches)
+        run_step(loop, parts, batches)
         named = parts.chunks[0].module.named_parameters()
         return {name: (p.detach() - old) for (name, p), old in zip(named, before, strict=True)}
 
 
 def test_both_loops_take_the_same_step() -> None:
-    (bare,), (ours,) = (run_on_ranks(parameters_after, 1, loop=loop) for loop in ("bare", "our"))
+    (bare,), (ours,) = (run_on_ranks(parameters_after, 1, loop=loop) for loop in LOOPS)
     assert bare.keys() == ours.keys()
     for name, update in bare.items():
         assert update.abs().max() > 0.1 * LEARNING_RATE, name

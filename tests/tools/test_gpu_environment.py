@@ -164,9 +164,19 @@ def test_a_hopper_is_reported_as_one() -> None:
 def test_without_a_usable_recipe_the_advisor_is_not_offered() -> None:
     recipes = dict.fromkeys(("tensorwise", "delayed", "blockwise", "mxfp8"), "needs capability 8.9")
     report = TOOL.report(answers(transformer_engine=TOOL.Answer({"recipes": recipes}, None)))
-    problems = {c["command"].split()[1]: c["problem"] for c in report["commands"] if "tools/" in c["command"]}
+    named = {re.search(r"tools/\w+\.py", c["command"]): c["problem"] for c in report["commands"]}
+    problems = {match.group(): problem for match, problem in named.items() if match is not None}
     assert problems["tools/advise_fp8.py"] == "needs capability 8.9"
     assert problems["tools/bench_gpu.py"] is None
+
+
+def test_gpu_tests_run_file_by_file_and_the_others_without_a_gpu() -> None:
+    """An unusable device ends the tests of one process; devices that are emulated cannot be beside a real one."""
+    tests = [a_test(f"tests/gpu/test_{name}.py::test_it", gpu=True) for name in ("b", "a", "a")]
+    found = [command for command, _ in TOOL.commands(answers(tests=TOOL.Answer({"tests": tests}, None)))]
+    python = TOOL.python_command()
+    assert found[0] == f'CUDA_VISIBLE_DEVICES= {python} -m pytest -m "not gpu and not soak"'
+    assert [c.split()[-3] for c in found if "--durations" in c] == ["tests/gpu/test_a.py", "tests/gpu/test_b.py"]
 
 
 def test_the_commands_name_files_that_exist() -> None:
