@@ -40,7 +40,8 @@ def test_what_targets_need_comes_first_and_most_memory_before_it():
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_the_settings_of_every_case_can_be_trained(case):
     cfg = config_of(case)
-    assert cfg.precision.fp8 == (None if case.recipe is None else "hybrid")
+    formats = {None: None, "tensorwise": "hybrid", "delayed": "hybrid", "blockwise": "e4m3", "mxfp8": "e4m3"}
+    assert cfg.precision.fp8 == formats[case.recipe]
     assert cfg.kernels.params_dtype == "bf16"
     assert cfg.kernels.transformer_impl == ("local" if case.local else "transformer_engine")
     assert cfg.kernels.moe_permute_fusion == (case.family == "moe" and not case.local)
