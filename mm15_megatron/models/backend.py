@@ -17,6 +17,7 @@ import torch
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.moe.experts import SequentialMLP
+from torch import nn
 
 from mm15_megatron.config.schema import KernelConfig, PrecisionConfig, RunConfig
 from mm15_megatron.errors import BackendError
@@ -34,6 +35,7 @@ class Backend:
     Attributes:
         name: value of ``kernels.transformer_impl``.
         norm: normalisation module.
+        linear: linear layer that is whole on every rank (the connector's), called like ``torch.nn.Linear``.
         column_linear: linear layer split along its output.
         row_linear: linear layer split along its input.
         norm_column_linear: one module for a norm followed by ``column_linear``; None = two modules.
@@ -45,6 +47,7 @@ class Backend:
 
     name: str
     norm: type
+    linear: type
     column_linear: type
     row_linear: type
     norm_column_linear: type | None
@@ -65,6 +68,7 @@ def resolve_backend(kernels: KernelConfig) -> Backend:
     local = Backend(
         name="local",
         norm=LocalNorm,
+        linear=nn.Linear,
         column_linear=ColumnParallelLinear,
         row_linear=RowParallelLinear,
         norm_column_linear=None,
@@ -246,6 +250,32 @@ def _accumulating(layer: type) -> type:
     return Accumulating
 
 
+def _whole_linear(*, accumulates: bool) -> type:
+    """Transformer Engine's linear layer outside its FP8 regions, in the dtype of its parameters."""
+    from transformer_engine.pytorch import Linear
+
+    class WholeLinear(Linear):  # type: ignore[misc]
+        def __init__(
+            self,
+            in_features: int,
+            out_features: int,
+            *,
+            bias: bool = True,
+            dtype: torch.dtype,
+            device: torch.device | int,
+        ) -> None:
+            super().__init__(
+                in_features,
+                out_features,
+                bias=bias,
+                params_dtype=dtype,
+                device=device,
+                fuse_wgrad_accumulation=accumulates,
+            )
+
+    return WholeLinear
+
+
 def _as_it_is(layer: type) -> type:
     return layer
 
@@ -272,6 +302,7 @@ def _transformer_engine(*, accumulates: bool) -> Backend:
     return Backend(
         name="transformer_engine",
         norm=TENorm,
+        linear=_whole_linear(accumulates=accumulates),
         column_linear=linear(TEColumnParallelLinear),
         row_linear=linear(TERowParallelLinear),
         norm_column_linear=linear(TELayerNormColumnParallelLinear),

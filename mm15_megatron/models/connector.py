@@ -9,6 +9,7 @@ H: width of the decoder.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,11 +21,18 @@ from mm15_megatron.errors import ConfigError
 from mm15_megatron.models.transformer_config import DTYPES
 from mm15_megatron.models.vision_encoder import interpolate_positions
 
+Linear = Callable[..., nn.Module]
+"""A linear layer, called like ``torch.nn.Linear``."""
 
-def build_connector(cfg: RunConfig) -> nn.Module:
+
+def build_connector(cfg: RunConfig, *, linear: Linear = nn.Linear) -> nn.Module:
     """Build the connector that ``connector.kind`` names: features [N, P, D] -> tokens [N, connector.num_tokens, H].
 
     Its parameters are replicated over tensor-parallel ranks and left for ``initialise.py`` to fill.
+
+    Args:
+        cfg: the run's configuration.
+        linear: the class of its linear layers (``models/backend.py``).
 
     Raises:
         ConfigError: if the kind is unknown, or pools a grid to a number of tokens that is no perfect square.
@@ -35,11 +43,11 @@ def build_connector(cfg: RunConfig) -> nn.Module:
             f"connector.num_tokens = {connector.num_tokens} is not a perfect square", fix="use 64, 81 or 144"
         )
     if connector.kind == "c_abstractor":
-        return CAbstractor(cfg)
+        return CAbstractor(cfg, linear=linear)
     if connector.kind == "average_pool":
-        return AveragePoolConnector(cfg)
+        return AveragePoolConnector(cfg, linear=linear)
     if connector.kind == "attention_pool":
-        return AttentionPoolConnector(cfg)
+        return AttentionPoolConnector(cfg, linear=linear)
     raise ConfigError(
         f"connector.kind = {connector.kind!r} is not a connector",
         fix="use c_abstractor, average_pool or attention_pool",
@@ -49,10 +57,10 @@ def build_connector(cfg: RunConfig) -> nn.Module:
 class AveragePoolConnector(nn.Module):
     """Adaptive average pooling to the output grid, then one linear layer."""
 
-    def __init__(self, cfg: RunConfig) -> None:
+    def __init__(self, cfg: RunConfig, *, linear: Linear) -> None:
         super().__init__()
         self.output_grid = cfg.connector.output_grid_size
-        self.projection = nn.Linear(cfg.vision.hidden_size, cfg.language.hidden_size, **_placement(cfg))
+        self.projection = linear(cfg.vision.hidden_size, cfg.language.hidden_size, **_placement(cfg))
 
     def forward(self, features_NPD: torch.Tensor) -> torch.Tensor:
         """Pool and project [N, P, D] -> [N, num_tokens, H]."""
@@ -67,7 +75,7 @@ class AttentionPoolConnector(nn.Module):
     The projections have no biases: a key's would add the same to every score of a query.
     """
 
-    def __init__(self, cfg: RunConfig) -> None:
+    def __init__(self, cfg: RunConfig, *, linear: Linear) -> None:
         super().__init__()
         connector, width = cfg.connector, cfg.vision.hidden_size
         placement = _placement(cfg)
@@ -78,10 +86,10 @@ class AttentionPoolConnector(nn.Module):
         self.position_embedding = _position_table(cfg)
         self.query_norm = nn.LayerNorm(channels, eps, **placement)
         self.feature_norm = nn.LayerNorm(width, eps, **placement)
-        self.query = nn.Linear(channels, channels, bias=False, **placement)
-        self.key = nn.Linear(width, channels, bias=False, **placement)
-        self.value = nn.Linear(width, channels, bias=False, **placement)
-        self.projection = nn.Linear(channels, cfg.language.hidden_size, **placement)
+        self.query = linear(channels, channels, bias=False, **placement)
+        self.key = linear(width, channels, bias=False, **placement)
+        self.value = linear(width, channels, bias=False, **placement)
+        self.projection = linear(channels, cfg.language.hidden_size, **placement)
 
     def forward(self, features_NPD: torch.Tensor) -> torch.Tensor:
         """Pool [N, P, D] -> [N, num_tokens, H]."""
@@ -100,7 +108,7 @@ class AttentionPoolConnector(nn.Module):
 class CAbstractor(nn.Module):
     """Residual blocks, adaptive average pooling, residual blocks, MLP (Honeybee's C-Abstractor; MM1 section 3.2)."""
 
-    def __init__(self, cfg: RunConfig) -> None:
+    def __init__(self, cfg: RunConfig, *, linear: Linear) -> None:
         super().__init__()
         connector, width = cfg.connector, cfg.vision.hidden_size
         placement = _placement(cfg)
@@ -109,13 +117,15 @@ class CAbstractor(nn.Module):
         self.position_embedding = _position_table(cfg)
         channels, eps = connector.hidden_size, connector.norm_epsilon
         before = [width] + [channels] * (connector.depth - 1)
-        self.before_pool = nn.Sequential(*(ResidualBlock(c, channels, eps=eps, **placement) for c in before))
-        self.after_pool = nn.Sequential(
-            *(ResidualBlock(channels, channels, eps=eps, **placement) for _ in range(connector.depth))
+        self.before_pool = nn.Sequential(
+            *(ResidualBlock(c, channels, eps=eps, linear=linear, **placement) for c in before)
         )
-        layers: list[nn.Module] = [nn.Linear(channels, cfg.language.hidden_size, **placement)]
+        self.after_pool = nn.Sequential(
+            *(ResidualBlock(channels, channels, eps=eps, linear=linear, **placement) for _ in range(connector.depth))
+        )
+        layers: list[nn.Module] = [linear(channels, cfg.language.hidden_size, **placement)]
         for _ in range(connector.mlp_depth - 1):
-            layers += [nn.SiLU(), nn.Linear(cfg.language.hidden_size, cfg.language.hidden_size, **placement)]
+            layers += [nn.SiLU(), linear(cfg.language.hidden_size, cfg.language.hidden_size, **placement)]
         self.mlp = nn.Sequential(*layers)
 
     def forward(self, features_NPD: torch.Tensor) -> torch.Tensor:
@@ -132,26 +142,34 @@ class ResidualBlock(nn.Module):
         channels_in: channels of the input.
         channels: channels of the output; the shortcut is projected if they differ.
         eps: epsilon of the per-pixel LayerNorms.
+        linear: the class of the 1x1 convolutions.
         dtype: dtype of the parameters.
         device: where they lie.
     """
 
     def __init__(
-        self, channels_in: int, channels: int, *, eps: float, dtype: torch.dtype, device: torch.device | int
+        self,
+        channels_in: int,
+        channels: int,
+        *,
+        eps: float,
+        linear: Linear,
+        dtype: torch.dtype,
+        device: torch.device | int,
     ) -> None:
         super().__init__()
         placement: dict[str, Any] = {"dtype": dtype, "device": device}
         squeezed = round(0.25 * channels_in)
-        self.expand = nn.Linear(channels_in, channels, bias=False, **placement)
+        self.expand = linear(channels_in, channels, bias=False, **placement)
         self.expand_norm = nn.LayerNorm(channels, eps, **placement)
         self.depthwise = nn.Conv2d(channels, channels, 3, padding=1, groups=channels, bias=False, **placement)
         self.depthwise_norm = nn.LayerNorm(channels, eps, **placement)
-        self.squeeze = nn.Linear(channels, squeezed, **placement)
-        self.excite = nn.Linear(squeezed, channels, **placement)
-        self.project = nn.Linear(channels, channels, bias=False, **placement)
+        self.squeeze = linear(channels, squeezed, **placement)
+        self.excite = linear(squeezed, channels, **placement)
+        self.project = linear(channels, channels, bias=False, **placement)
         self.project_norm = nn.LayerNorm(channels, eps, **placement)
         projected = channels_in != channels
-        self.shortcut = nn.Linear(channels_in, channels, bias=False, **placement) if projected else nn.Identity()
+        self.shortcut = linear(channels_in, channels, bias=False, **placement) if projected else nn.Identity()
         self.shortcut_norm = nn.LayerNorm(channels, eps, **placement) if projected else nn.Identity()
 
     def forward(self, x_NYXC: torch.Tensor) -> torch.Tensor:

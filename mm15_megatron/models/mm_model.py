@@ -96,7 +96,7 @@ class MM15Model(MegatronModule):
         self.encoder_is_frozen = cfg.freeze.vision
         if self.pre_process:
             self.vision_encoder = VisionEncoder(cfg, backend=backend, groups=stage.encoder_groups)
-            self.connector = build_connector(cfg)
+            self.connector = build_connector(cfg, linear=backend.linear)
             if stage.encoder_shares_tiles:
                 clear_tensor_parallel_marks(self.vision_encoder)
         self.router_ledger = router_ledger(cfg, layers)

@@ -76,7 +76,8 @@ def test_weight_gradients_are_accumulated_where_asked(one_rank: Topology, fused:
     """By every linear layer of Transformer Engine; the output layer, megatron-core's own, would need apex."""
     model = built(one_rank, "debug_moe", "transformer_engine", f"kernels.gradient_accumulation_fusion={fused}")
     layers = [module for module in model.modules() if hasattr(module, "fuse_wgrad_accumulation")]
-    assert len(layers) == 4 * (4 + 3)  # four in each layer of decoder and encoder
+    # four in each layer of decoder and encoder; the connector's, whose first block also projects its shortcut
+    assert len(layers) == 4 * (4 + 3) + (5 + 4 + 2)
     assert all(layer.fuse_wgrad_accumulation == fused for layer in layers)
     assert not model.language_model.output_layer.gradient_accumulation_fusion
 
