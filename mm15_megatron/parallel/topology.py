@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 import torch
@@ -167,12 +168,24 @@ def prepare_device(device: str, *, local_rank: int) -> torch.device:
     return torch.device("cuda", index)
 
 
+def launch_order(parallel: ParallelConfig) -> dict[str, str]:
+    """Return what makes a device start kernels in the order in which they were launched; read when it is first used.
+
+    A tensor-parallel layer launches its collective and then a matrix product that needs not wait for it; megatron-core
+    relies on the collective starting first. Experts' all-to-all overlaps with products of another stream instead.
+    """
+    ordered = parallel.tensor_model_parallel_size > 1 and not parallel.overlap_moe_expert_parallel_comm
+    return {"CUDA_DEVICE_MAX_CONNECTIONS": "1"} if parallel.device == "cuda" and ordered else {}
+
+
 def build_topology(parallel: ParallelConfig, *, place: Rendezvous) -> Topology:
     """Join the job and build every process group of the layout.
 
     Raises:
         BackendError: if the device is not usable.
     """
+    for name, value in launch_order(parallel).items():
+        os.environ.setdefault(name, value)
     device = prepare_device(parallel.device, local_rank=place.local_rank)
     if not torch.distributed.is_initialized():
         join(place, device=parallel.device, timeout_minutes=parallel.distributed_timeout_minutes)
