@@ -8,8 +8,9 @@ import pytest
 
 from mm15_megatron.bench.fp8_advice import GRADIENT_ERROR, OUTPUT_ERROR
 from mm15_megatron.bench.fp8_record import RECIPES, read_sweep
-from mm15_megatron.models.backend import transformer_engine_problem
 from tests.helpers.tools import load_tool
+
+from .marks import NEEDS_TE
 
 SMALL = (
     "language.num_layers=2",
@@ -24,9 +25,7 @@ SMALL = (
 )
 
 
-@pytest.mark.skipif(
-    transformer_engine_problem() is not None, reason=f"Transformer Engine: {transformer_engine_problem()}"
-)
+@NEEDS_TE
 def test_the_sweep_measures_and_advises(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Every recipe is measured or refused with a reason; the file gives the same advice again."""
     numbers = tmp_path / "numbers.json"
@@ -35,6 +34,8 @@ def test_the_sweep_measures_and_advises(tmp_path: Path, capsys: pytest.CaptureFi
     assert tool.main([*command, "--record", str(numbers)]) == 0
     measured = capsys.readouterr().out
     sweep = read_sweep(numbers)
+    assert (sweep.failed, sweep.unmeasured, sweep.stopped) == ((), (), "")
+    assert sweep.versions.keys() >= {"torch", "transformer-engine", "megatron-core", "driver", "commit"}
     times = {m.product.name: m.times for m in sweep.measured}
     assert set(times["decoder.fc1"]) | set(sweep.refused) == {"bf16", *RECIPES}
     assert set(times["experts.fc1"]) == set(times["decoder.fc1"])
@@ -43,6 +44,7 @@ def test_the_sweep_measures_and_advises(tmp_path: Path, capsys: pytest.CaptureFi
             assert timing.output_error <= OUTPUT_ERROR, (name, recipe)
             assert timing.gradient_error <= GRADIENT_ERROR, (name, recipe)
             assert (timing.output_error > 0) == (recipe != "bf16"), (name, recipe)
+    assert sweep.attention_ms is not None
     assert sweep.attention_ms > 0
     assert tool.main(["--recorded", str(numbers)]) == 0
     assert capsys.readouterr().out == measured

@@ -15,8 +15,9 @@ from mm15_megatron.parallel.reduce import squared_gradient_norm
 from mm15_megatron.parallel.topology import Topology
 from mm15_megatron.training.optimizer import build_optimizer, wrap_chunks
 from mm15_megatron.training.step import StepParts, accumulate_on_device, train_step
+from tests.helpers.layouts import change
 
-from .test_backends import build, change, gpu_config, mixed_batch
+from .models import build, gpu_config, mixed_batch
 
 # Both masked_select of megatron-core's permutation; the wait for the token counts is an event, which torch's detector
 # does not see (tests/training/test_host_sync.py counts it).
