@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 
 from mm15_megatron.accounting.matrix_products import DECODER, EXPERTS, NEVER, VISION, MatrixProduct, matrix_products
-from mm15_megatron.bench.fp8_record import ATTENTION, BF16, RECIPES, Failed, Measured, Sweep, Timing
+from mm15_megatron.bench.fp8_record import ATTENTION, BF16, RECIPES, Failed, Measured, Sweep, Timing, usual_format
 from mm15_megatron.config.rules_precision import PRECISION_RULES, fp8_alignment
 from mm15_megatron.config.schema import RunConfig
 from mm15_megatron.errors import ConfigError
@@ -103,7 +103,7 @@ def as_trained(cfg: RunConfig, recipe: str | None, *, vision: bool = False) -> R
     """Return ``cfg`` as FP8 needs it: Transformer Engine's layers in bf16 on a GPU, in ``recipe`` or (None) in bf16."""
     precision = replace(cfg.precision, fp8=None, fp8_vision=False, fp8_param_gather=False)
     if recipe is not None:
-        chosen = cfg.precision.fp8 or "hybrid"
+        chosen = cfg.precision.fp8 or usual_format(recipe)
         precision = replace(precision, fp8=chosen, fp8_recipe=recipe, fp8_vision=vision)
     return replace(
         cfg,
@@ -369,7 +369,7 @@ def _options(sweep: Sweep, chosen: Verdict | None) -> Iterator[str]:
     if chosen is None:
         yield "precision.fp8=null"
         return
-    yield f"precision.fp8={sweep.fp8_format}"
+    yield f"precision.fp8={sweep.fp8_format or usual_format(chosen.recipe)}"
     yield f"precision.fp8_recipe={chosen.recipe}"
     if any(item.product.fp8 == VISION for item in sweep.measured):
         yield f"precision.fp8_vision={str(chosen.vision).lower()}"

@@ -10,6 +10,7 @@ from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
 from mm15_megatron.accounting.matrix_products import MatrixProduct
+from mm15_megatron.bench.cases import BLOCKS
 from mm15_megatron.errors import DataError
 
 BF16 = "bf16"
@@ -75,7 +76,7 @@ class Sweep:
         device: name of the GPU.
         versions: versions of the libraries and of the driver, and the commit of this package.
         preset: name of the preset the configuration started from; may be empty.
-        fp8_format: ``hybrid`` or ``e4m3``.
+        fp8_format: ``hybrid`` or ``e4m3``; empty: each recipe was measured in its usual one.
         keeps_edges: ``precision.first_last_layers_bf16``.
         micro_batches: micro-batches of a step, over which a quantised weight is used again.
         attention_ms: core attention of the decoder and of the encoder in bf16, forward and backward, one micro-batch;
@@ -105,6 +106,11 @@ class Sweep:
     unmeasured: tuple[str, ...] = ()
     stopped: str = ""
     version: int = FORMAT_VERSION
+
+
+def usual_format(recipe: str) -> str:
+    """Return the FP8 format that a recipe is usually trained in: blocks keep the range of gradients in E4M3."""
+    return "e4m3" if recipe in BLOCKS else "hybrid"
 
 
 def sweep_to_json(sweep: Sweep) -> dict[str, Any]:

@@ -112,7 +112,7 @@ def measure(
             device=torch.cuda.get_device_name(),
             versions=versions,
             preset=cfg.preset,
-            fp8_format=cfg.precision.fp8 or "hybrid",
+            fp8_format=cfg.precision.fp8 or "",
             keeps_edges=cfg.precision.first_last_layers_bf16,
             micro_batches=effort.micro_batches,
             attention_ms=None,

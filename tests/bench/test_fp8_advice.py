@@ -267,6 +267,13 @@ def test_the_text_says_when_and_with_what_it_was_measured() -> None:
     assert f"measured {sweep.date} with torch 2.11.0, driver 580.1" in advice_text(sweep, advise(sweep))
 
 
+@pytest.mark.parametrize(("name", "usual"), [("mixed", "e4m3"), ("clear_win", "hybrid")])
+def test_the_format_is_the_users_or_the_usual_one_of_the_recipe(name: str, usual: str) -> None:
+    sweep = recorded(name)
+    assert advise(sweep).options[0] == "precision.fp8=hybrid"
+    assert advise(replace(sweep, fp8_format="")).options[0] == f"precision.fp8={usual}"
+
+
 @pytest.mark.parametrize("share", [-0.1, 1.0])
 def test_a_share_is_a_share(share: float) -> None:
     with pytest.raises(ConfigError, match=f"a share of {share}"):
@@ -395,11 +402,11 @@ def test_a_recipe_that_the_layout_refuses_is_not_measured() -> None:
 def test_any_configuration_is_measured_as_it_would_be_trained() -> None:
     trained = as_trained(resolve("debug_moe"), "blockwise", vision=True)
     assert (trained.kernels.transformer_impl, trained.kernels.params_dtype) == ("transformer_engine", "bf16")
-    assert (trained.precision.fp8, trained.precision.fp8_recipe, trained.precision.fp8_vision) == (
-        "hybrid",
-        "blockwise",
-        True,
-    )
+    precision = trained.precision
+    assert (precision.fp8, precision.fp8_recipe, precision.fp8_vision) == ("e4m3", "blockwise", True)
+    assert as_trained(resolve("debug_moe"), "tensorwise").precision.fp8 == "hybrid"
+    hybrid = apply_overrides(resolve("debug_moe"), ["precision.fp8=hybrid"])
+    assert as_trained(hybrid, "blockwise").precision.fp8 == "hybrid"
     assert as_trained(resolve("debug_moe"), None).precision.fp8 is None
 
 

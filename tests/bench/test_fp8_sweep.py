@@ -13,7 +13,7 @@ import torch
 
 from mm15_megatron.accounting.matrix_products import MatrixProduct
 from mm15_megatron.bench.fp8_advice import as_trained, plan
-from mm15_megatron.bench.fp8_record import RECIPES
+from mm15_megatron.bench.fp8_record import RECIPES, usual_format
 from mm15_megatron.bench.fp8_sweep import (
     Effort,
     SharedParts,
@@ -147,7 +147,7 @@ def test_the_layers_are_transformer_engines_with_the_ranks_widths(hopper: Topolo
         if product.fp8 == "never":
             continue
         config = parts.config(product, recipe)
-        assert (config.fp8, config.tensor_model_parallel_size) == ("hybrid" if recipe else None, 1)
+        assert (config.fp8, config.tensor_model_parallel_size) == (usual_format(recipe) if recipe else None, 1)
         assert config.fp8_recipe == (recipe or config.fp8_recipe)
         config.init_model_with_meta_device, config.perform_initialization = True, False
         layer = build_layer(product, config=config, backend=backend, groups=hopper.groups)
