@@ -126,10 +126,16 @@ def test_the_router_fills_blocks_where_asked(
         assert_follows(run, bf16_runs("debug_moe")[0])
 
 
-@pytest.mark.parametrize("recipe", [in_recipe("delayed"), in_recipe("tensorwise")])
-def test_a_checkpoint_keeps_the_scales(cuda_rank: Topology, recipe: str, tmp_path: Path) -> None:
-    """Two runs resume from one checkpoint: bitwise equal weights and scales, and the losses of the run that went on."""
-    cfg = change(engine_config(recipe), train={"run_dir": str(tmp_path)})
+@pytest.mark.parametrize("kept", [False, True])
+@pytest.mark.parametrize("recipe", [in_recipe("delayed"), in_recipe("tensorwise"), in_recipe("blockwise")])
+def test_a_checkpoint_keeps_the_scales(cuda_rank: Topology, recipe: str, kept: bool, tmp_path: Path) -> None:
+    """Two runs resume from one checkpoint: bitwise equal weights and scales, and the losses of the run that went on.
+
+    Weights that are kept in FP8 are cast by restored scales, and their copies for the backward pass follow a forced
+    gather of overlapping buckets: five more steps would tell of stale ones, here and in the run that saved.
+    """
+    gathered = {name: kept for name in ("use_distributed_optimizer", "overlap_grad_reduce", "overlap_param_gather")}
+    cfg = change(engine_config(recipe, fp8_param_gather=kept), train={"run_dir": str(tmp_path)}, parallel=gathered)
     straight = parts_of(cuda_rank, cfg)
     losses(straight, 5)
     folder = save_checkpoint(

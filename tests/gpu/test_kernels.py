@@ -9,8 +9,10 @@ import pytest
 import torch
 from megatron.core.transformer.moe import moe_utils
 
+from mm15_megatron.parallel.batch_scatter import local_batch
 from mm15_megatron.parallel.topology import Topology
-from mm15_megatron.training.step import StepParts
+from mm15_megatron.parity.stream import Row, rank_batches, row_of
+from mm15_megatron.training.step import StepParts, train_step
 from tests.helpers.layouts import change
 
 from .evidence import weights_of
@@ -92,3 +94,17 @@ def test_fused_permutation_trains_alike(
     layers = [layer.mlp for layer in model_of(fused).language_model.decoder.layers[1::2]]
     passes = FEW_STEPS * len(layers)
     assert min(calls["fused_permute_with_probs"], calls["fused_unpermute"]) >= passes, calls
+
+
+def test_fused_permutation_of_padding_alone(cuda_rank: Topology) -> None:
+    """The second micro-batch holds no token; the kernel would put nothing back into its place."""
+    found = {}
+    for fused in (False, True):
+        cfg = change(engine_config(None, "debug_moe"), kernels={"moe_permute_fusion": fused})
+        rows = [Row(row_of("several", cfg, seed=3), 3), *(Row([], number) for number in range(3))]
+        parts = parts_of(cuda_rank, change(cfg, train={"global_batch_size": 4, "micro_batch_size": 2}))
+        wholes = rank_batches(rows, parts.cfg, data_rank=0, data_size=1)
+        batches = [local_batch(whole, topology=cuda_rank, image_size=cfg.vision.image_size) for whole in wholes]
+        assert [bool(batch.padding_mask_T.all()) for batch in batches] == [False, True]
+        found[fused] = [train_step(parts, iter(batches), num_microbatches=2).loss for _ in range(FEW_STEPS)]
+    assert found[True] == pytest.approx(found[False], abs=BF16_STEPS * found[False][0])
