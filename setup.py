@@ -30,7 +30,7 @@ setup(
     extras_require={
         "data": ["mpi4py"],
         "quickstart": ["scikit-learn"],
-        "gpu": ["transformer-engine[pytorch]>=2.9,<2.12"],
+        "gpu": ["transformer-engine[pytorch]>=2.11,<2.12"],
         "dev": ["transformers", "pytest", "hypothesis", "ruff", "mypy", "import-linter", "types-PyYAML"],
     },
 )
