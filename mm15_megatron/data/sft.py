@@ -158,7 +158,7 @@ def build_conversations(
     ) as writer:
         for number, conversation in enumerate(conversations):
             where = f"conversation {number} of {prefix}"
-            tokens, mask = _encode_conversation(conversation, tokenizer, where=where)
+            tokens, mask = encode_conversation(conversation, tokenizer, where=where)
             images = checked_images(conversation.images, where=where, options=options)
             if images is None:
                 writer.count_dropped({"bad image": 1})
@@ -167,9 +167,13 @@ def build_conversations(
     return writer.manifest
 
 
-def _encode_conversation(
-    conversation: Conversation, tokenizer: Tokenizer, *, where: str
-) -> tuple[list[int], list[int]]:
+def encode_conversation(conversation: Conversation, tokenizer: Tokenizer, *, where: str) -> tuple[list[int], list[int]]:
+    """Return (ids, loss mask) of a conversation.
+
+    Raises:
+        DataError: it is malformed, its placeholders and images disagree in number, or it has no answer; the message
+            names ``where``.
+    """
     placeholders = sum(turn.text.count(IMAGE_TOKEN) for turn in conversation.turns)
     if placeholders != len(conversation.images):
         raise DataError(

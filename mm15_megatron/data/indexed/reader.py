@@ -185,6 +185,13 @@ class IndexedSource:
         """int64 [documents + 1], first image of each document, then the number of images."""
         return self._images.document_index
 
+    def pair(self, name: str) -> PairReader:
+        """Return one of the pairs: tokens, images, or the loss_mask of conversations."""
+        pairs = {"tokens": self._tokens, "images": self._images, "loss_mask": self._loss_mask}
+        found = pairs[name]
+        assert found is not None, f"{self.prefix} has no {name}"
+        return found
+
     def tokens(self, document: int) -> Int64:
         """Token ids of a document, int64."""
         return self._tokens[document].astype(np.int64)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
 from array import array
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -32,11 +33,13 @@ from mm15_megatron.data.indexed.format import (
     suffixes,
     with_suffix,
 )
+from mm15_megatron.data.indexed.reader import IndexedSource, PairReader
 from mm15_megatron.errors import DataError
 
 _PARTIAL: Final = ".partial"
 _EVERY_SUFFIX: Final = (*suffixes("conversations"), ".json")  # conversations have all the files a kind can have
 _TOKEN_STOP: Final = 2**31
+_COPIED_BYTES: Final = 16 * 2**20
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,14 @@ class PairWriter:
     def end_document(self) -> None:
         """Close the current document, which may hold no sequence at all."""
         self._documents.append(len(self._lengths))
+
+    def append(self, source: PairReader) -> None:
+        """Append every document of another pair; its values are copied as bytes."""
+        with with_suffix(source.prefix, ".bin").open("rb") as stream:
+            shutil.copyfileobj(stream, self._bin, _COPIED_BYTES)
+        first = len(self._lengths)
+        self._lengths.frombytes(np.ascontiguousarray(source.lengths, dtype=np.int32).tobytes())
+        self._documents.frombytes((source.document_index[1:] + first).astype(np.int64).tobytes())
 
     def finish(self) -> None:
         """Write the index and flush both files to disk."""
@@ -226,6 +237,31 @@ class DatasetWriter:
             pair.end_document()
         self._tokens += int(ids.size)
         self._documents += 1
+
+    def add_dataset(self, source: IndexedSource) -> None:
+        """Append every document of a finished dataset, and its account of what was left out.
+
+        Raises:
+            DataError: it is of another kind, tokenizer, sentinel or rendering.
+        """
+        theirs = source.manifest
+        for what, found, ours in (
+            ("kind", theirs.kind, self._kind),
+            ("tokenizer", theirs.tokenizer_digest, self._tokenizer_digest),
+            ("image sentinel", theirs.image_sentinel_id, self._sentinel),
+            ("rendering", theirs.rendering, self._rendering),
+        ):
+            if found != ours:
+                raise DataError(
+                    f"{source.prefix} has the {what} {found!r}, {self._prefix} has {ours!r}",
+                    fix="merge datasets that were built alike",
+                )
+        for name, pair in self._pairs.items():
+            pair.append(source.pair(name))
+        self._sizes.frombytes(np.ascontiguousarray(source.image_sizes, dtype=np.uint32).tobytes())
+        self._tokens += theirs.tokens
+        self._documents += theirs.documents
+        self.count_dropped(theirs.dropped)
 
     def count_dropped(self, reasons: Mapping[str, int]) -> None:
         """Add to the manifest's account of inputs that were left out."""

@@ -1,0 +1,187 @@
+"""What every reader of a format has in common: units of input, records, and what is left out and why.
+
+A reader is a frozen dataclass with its options. ``units`` cuts the input into pieces that are read independently, in an
+order that depends on the input alone; ``read`` goes through one of them. So any number of processes, on any number of
+machines, gives the same documents in the same order.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Protocol
+
+from mm15_megatron.data.sft import Conversation
+from mm15_megatron.errors import DataError
+
+UNIT_BYTES: Final = 256 * 2**20
+"""Text files are cut into units of about this size."""
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A piece of the input that one process reads from its beginning to its end.
+
+    Attributes:
+        path: the file.
+        first: where it begins: a byte of a text file, a row group of a parquet file; 0 = at the beginning.
+        stop: where it ends, exclusive, in the same measure; None = at the end of the file.
+    """
+
+    path: Path
+    first: int = 0
+    stop: int | None = None
+
+    @property
+    def name(self) -> str:
+        """Where it is, for people."""
+        return f"{self.path}" if self.first == 0 and self.stop is None else f"{self.path} [{self.first}, {self.stop})"
+
+
+@dataclass(frozen=True)
+class Caption:
+    """An image and its caption."""
+
+    image: bytes
+    text: str
+
+
+@dataclass(frozen=True)
+class Interleaved:
+    """Paragraphs (str) and encoded images (bytes) in the order in which they stand in a document."""
+
+    parts: tuple[str | bytes, ...]
+
+
+@dataclass(frozen=True)
+class Text:
+    """A document without images."""
+
+    text: str
+
+
+Record = Caption | Interleaved | Text | Conversation
+"""One document, before it is tokenised."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """A record, and where in the input it stands (``shard-00000.tar:000012345``), for reports and errors."""
+
+    record: Record
+    where: str
+    repaired: tuple[str, ...] = ()
+    """Short reasons, one for each thing that was left out of the record itself (an image, a paragraph); counted."""
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A document that is left out; ``reason`` is a short phrase without values, by which it is counted."""
+
+    reason: str
+    where: str
+
+
+class Format(Protocol):
+    """A reader."""
+
+    @property
+    def kind(self) -> str:
+        """Kind of dataset that its records make: captions | interleaved | text | conversations."""
+        ...
+
+    def units(self) -> tuple[Unit, ...]:
+        """Cut the input.
+
+        Raises:
+            DataError: there is no input, or it is not this format at all.
+        """
+        ...
+
+    def read(self, unit: Unit) -> Iterator[Found | Skipped]:
+        """Read one unit in order.
+
+        Raises:
+            DataError: the unit is not this format (a wrong schema, a broken archive); what is wrong with a single
+                document is a ``Skipped`` instead where the format's users expect such documents (a failed download).
+        """
+        ...
+
+
+def input_files(paths: tuple[Path, ...], *, endings: tuple[str, ...]) -> tuple[Path, ...]:
+    """Return the files named, and those below the folders named that end in one of ``endings``, sorted by path.
+
+    Raises:
+        DataError: a path does not exist, is named twice by two ways, or holds no such file.
+    """
+    found: list[Path] = []
+    for path in paths:
+        if path.is_dir():
+            inside = sorted(p for p in path.rglob("*") if p.is_file() and p.name.endswith(endings))
+            if not inside:
+                raise DataError(
+                    f"{path} holds no file that ends in {' or '.join(endings)}", fix="name the right folder"
+                )
+            found += inside
+        elif path.is_file():
+            found.append(path)
+        else:
+            raise DataError(f"{path} does not exist", fix="name files or folders that do")
+    real = [path.resolve() for path in found]
+    twice = sorted({str(path) for path in real if real.count(path) > 1}) if len(set(real)) < len(real) else []
+    if twice:
+        raise DataError(f"{', '.join(twice[:3])} is named twice", fix="name every file once")
+    return tuple(found)
+
+
+def line_units(paths: tuple[Path, ...], *, size: int = UNIT_BYTES) -> tuple[Unit, ...]:
+    """Cut text files at bytes; :func:`lines` finds the next beginning of a line from there."""
+    units = []
+    for path in paths:
+        length = path.stat().st_size
+        units += [Unit(path, at, min(at + size, length)) for at in range(0, max(length, 1), size)]
+    return tuple(units)
+
+
+def lines(unit: Unit) -> Iterator[tuple[str, str]]:
+    """Yield (where, line) of the lines that begin inside ``unit``; where is ``file:byte``; empty lines are passed over.
+
+    Raises:
+        DataError: a line is not UTF-8.
+    """
+    with unit.path.open("rb") as stream:
+        if unit.first:
+            stream.seek(unit.first - 1)
+            stream.readline()  # the rest of a line that began before
+        while unit.stop is None or stream.tell() < unit.stop:
+            at = stream.tell()
+            raw = stream.readline()
+            if not raw:
+                return
+            where = f"{unit.path.name}:{at}"
+            try:
+                line = raw.decode("utf-8").strip()
+            except UnicodeDecodeError as error:
+                raise DataError(f"{unit.path}, line at byte {at}: {error}", fix="write it as UTF-8") from error
+            if line:
+                yield where, line
+
+
+def json_lines(unit: Unit) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield (where, object) of the JSON lines of a unit.
+
+    Raises:
+        DataError: a line is not a JSON object.
+    """
+    for where, line in lines(unit):
+        try:
+            value = json.loads(line)
+        except ValueError as error:
+            raise DataError(f"{unit.path} at {where}: {error}", fix="write one JSON object a line") from error
+        if not isinstance(value, dict):
+            raise DataError(
+                f"{unit.path} at {where} holds a {type(value).__name__}", fix="write one JSON object a line"
+            )
+        yield where, value
