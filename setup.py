@@ -28,7 +28,7 @@ setup(
         "zarr>=3",
     ],
     extras_require={
-        "data": ["mpi4py"],
+        "data": ["av", "mpi4py", "pyarrow", "pypdfium2"],
         "quickstart": ["scikit-learn"],
         "gpu": ["transformer-engine[pytorch]>=2.11,<2.12"],
         "dev": ["transformers", "pytest", "hypothesis", "ruff", "mypy", "import-linter", "types-PyYAML"],

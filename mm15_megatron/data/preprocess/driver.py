@@ -1,8 +1,8 @@
-"""Many processes make one dataset out of a format's units: the same bytes whatever their number, resumable after a kill.
+"""Many processes make one dataset of a format's units: the same bytes whatever their number, resumable after a kill.
 
-Every unit becomes a small dataset of its own in ``<prefix>.parts``; a part counts once its account lies beside it, so
-that a job which was killed goes on with the units that have none. When all are there, they are put together in the
-order of the units, and the folder goes.
+Every unit becomes a small dataset of its own in ``<prefix>.parts``; a part counts once its account lies beside it, so a
+killed job goes on with the units that have none. When all are there, they are put together in the order of the units,
+and the folder goes.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from mm15_megatron.data.indexed.reader import IndexedSource
 from mm15_megatron.data.indexed.writer import DatasetWriter
 from mm15_megatron.data.preprocess.encode import encode_record
 from mm15_megatron.data.preprocess.ranks import Alone, Ranks
+from mm15_megatron.data.preprocess.transcode import transcoded
 from mm15_megatron.data.tokenizer import Tokenizer
 from mm15_megatron.errors import DataError
 
@@ -342,7 +343,8 @@ def _write(job: Job, found: Found, writers: dict[str, DatasetWriter], tokenizer:
             tally.leave_out(reason, found.where)
             return
     encoded = encode_record(found.record, tokenizer, where=found.where)
-    images = checked_images(encoded.images, where=found.where, options=job.options)
+    stored = _storable(job, encoded.images, where=found.where)
+    images = stored if stored is None else checked_images(stored, where=found.where, options=job.options)
     if images is None:
         tally.leave_out(BAD_IMAGE, found.where)
         return
@@ -351,6 +353,17 @@ def _write(job: Job, found: Found, writers: dict[str, DatasetWriter], tokenizer:
     ending = VALIDATION if encoded.share() < job.validation_share else ""
     writers[ending].add_document(encoded.tokens, images=images, loss_mask=encoded.loss_mask)
     tally.kept[ending] += 1
+
+
+def _storable(job: Job, images: Sequence[bytes], *, where: str) -> list[bytes] | None:
+    """Rewrite images of formats that no loader reads; None = leave the document out."""
+    try:
+        return [transcoded(data, max_pixels=job.options.max_image_pixels)[0] for data in images]
+    except DataError as error:
+        if job.options.on_bad_image == "raise":
+            raise DataError(f"{where}: {error.problem}", fix=error.fix) from error
+        _LOGGER.warning("%s is left out: %s", where, error.problem)
+        return None
 
 
 # --- The end

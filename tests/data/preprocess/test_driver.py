@@ -249,13 +249,14 @@ class Pictures:
     def read(self, unit: Unit) -> Iterator[Found | Skipped]:
         yield Found(Caption(photo(20, 30, seed=1), "a photo"), "first")
         yield Found(Caption(b"no picture", "nothing"), "second")
+        yield Found(Caption(b"GIF89a and no more", "a moving nothing"), "third")
 
 
 def test_bad_images_are_dropped_or_raised(tmp_path: Path, tokenizer: Path) -> None:
     (tmp_path / "x").touch()
     drop = Job(Pictures(tmp_path / "x"), tmp_path / "pairs", tokenizer, options=BuildOptions(on_bad_image="drop"))
     whole = run_job(drop, workers=0, tell=silent)
-    assert (whole.kept, whole.skipped, whole.examples) == ({"": 1}, {BAD_IMAGE: 1}, {BAD_IMAGE: ["second"]})
+    assert (whole.kept, whole.skipped, whole.examples) == ({"": 1}, {BAD_IMAGE: 2}, {BAD_IMAGE: ["second", "third"]})
     with pytest.raises(DataError, match="second"):
         run_job(replace(drop, prefix=tmp_path / "other", options=BuildOptions()), workers=0, tell=silent)
 
