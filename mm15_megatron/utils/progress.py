@@ -1,4 +1,4 @@
-"""What a person sees: a bar that rewrites its line on a terminal, plain lines in a log, nothing on other ranks."""
+"""What a person sees of long work: a bar that rewrites its line on a terminal, plain lines in a log, nothing elsewhere."""
 
 from __future__ import annotations
 
@@ -17,17 +17,20 @@ def clock(seconds: float) -> str:
 
 
 class Progress:
-    """Steps of a run with rate and time left.
+    """Steps of a run, or pieces of another work, with rate and time left.
 
     Args:
         total: steps of the whole run.
         done: steps taken before this process started; they do not count for the rate.
+        noun: what a step is called.
         enabled: False keeps every rank but one silent.
         stream: where to write; a terminal gets a bar, anything else plain lines.
     """
 
-    def __init__(self, total: int, *, done: int = 0, enabled: bool = True, stream: TextIO | None = None) -> None:
-        self._total, self._first = total, done
+    def __init__(
+        self, total: int, *, done: int = 0, noun: str = "step", enabled: bool = True, stream: TextIO | None = None
+    ) -> None:
+        self._total, self._first, self._noun = total, done, noun
         self._enabled = enabled
         self._stream = stream or sys.stdout
         self._terminal = self._stream.isatty()
@@ -41,13 +44,17 @@ class Progress:
         spent = time.monotonic() - self._started
         taken = done - self._first
         pace = spent / taken if taken else 0.0
-        timing = f"{pace:.2f} s/step, {clock(pace * (self._total - done))} left"
+        timing = f"{self._rate(pace)}, {clock(pace * (self._total - done))} left"
         if not self._terminal:
-            self._write(f"step {done}/{self._total} | {text} | {timing}\n")
+            self._write(f"{self._noun} {done}/{self._total} | {text} | {timing}\n")
             return
         filled = _WIDTH * done // max(self._total, 1)
         self._write(f"\r\x1b[K[{'#' * filled}{'.' * (_WIDTH - filled)}] {done}/{self._total} {text} | {timing}")
         self._open_line = True
+
+    def _rate(self, pace: float) -> str:
+        """Seconds a step, or steps a second where they are many."""
+        return f"{1 / pace:.0f} {self._noun}s/s" if 0 < pace < 0.02 else f"{pace:.2f} s/{self._noun}"
 
     def line(self, text: str) -> None:
         """Write a line of its own; the bar goes on below it."""
