@@ -1,4 +1,4 @@
-"""What a person sees of long work: a bar that rewrites its line on a terminal, plain lines in a log, nothing elsewhere."""
+"""What a person sees of long work: a bar that rewrites its line on a terminal, plain lines in a log, else nothing."""
 
 from __future__ import annotations
 
