@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Protocol
 
+from mm15_megatron.data.formats.compressed import is_compressed, opened
 from mm15_megatron.data.sft import Conversation
 from mm15_megatron.errors import DataError
 
@@ -137,9 +138,20 @@ def input_files(paths: tuple[Path, ...], *, endings: tuple[str, ...]) -> tuple[P
 
 
 def line_units(paths: tuple[Path, ...], *, size: int = UNIT_BYTES) -> tuple[Unit, ...]:
-    """Cut text files at bytes; :func:`lines` finds the next beginning of a line from there."""
+    """Cut text files at bytes; :func:`lines` finds the next beginning of a line from there.
+
+    A compressed file is one unit.
+
+    Raises:
+        DataError: ``size`` is not positive.
+    """
+    if size < 1:
+        raise DataError(f"a unit of {size} bytes", fix="give a positive size")
     units = []
     for path in paths:
+        if is_compressed(path):
+            units.append(Unit(path))
+            continue
         length = path.stat().st_size
         units += [Unit(path, at, min(at + size, length)) for at in range(0, max(length, 1), size)]
     return tuple(units)
@@ -149,18 +161,19 @@ def lines(unit: Unit) -> Iterator[tuple[str, str]]:
     """Yield (where, line) of the lines that begin inside ``unit``; where is ``file:byte``; empty lines are passed over.
 
     Raises:
-        DataError: a line is not UTF-8.
+        DataError: a line is not UTF-8, or a compressed file is damaged.
     """
-    with unit.path.open("rb") as stream:
+    with opened(unit.path) as stream:
         if unit.first:
             stream.seek(unit.first - 1)
             stream.readline()  # the rest of a line that began before
-        while unit.stop is None or stream.tell() < unit.stop:
-            at = stream.tell()
+        at = stream.tell()
+        while unit.stop is None or at < unit.stop:
             raw = stream.readline()
             if not raw:
                 return
             where = f"{unit.path.name}:{at}"
+            at += len(raw)
             try:
                 line = raw.decode("utf-8").strip()
             except UnicodeDecodeError as error:
