@@ -1,4 +1,8 @@
-"""Rows of parquet files: a unit is one row group, which is read a few rows at a time."""
+"""Rows of parquet files: a unit is one row group, which is read a few rows at a time.
+
+What is held in memory is those rows and one page of each column. Writers close pages by bytes only after a batch of
+rows (Arrow: 1,024), so a row group of many large images may have pages of hundreds of megabytes.
+"""
 
 from __future__ import annotations
 
