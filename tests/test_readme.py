@@ -11,10 +11,12 @@ import pytest
 
 from mm15_megatron.config.parse import parse_run
 from mm15_megatron.data.indexed.reader import IndexedSource
+from mm15_megatron.data.preprocess.cli import parser_of
 from mm15_megatron.data.tokenizer import Tokenizer, train_character_tokenizer
 from mm15_megatron.presets import REGISTRY
 
 from .data.images import photo
+from .helpers.tools import load_tool
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -54,6 +56,18 @@ def test_training_commands_parse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         else:
             assert parsed.output is not None
             assert "language.num_layers" in parsed.output
+
+
+def test_preprocessing_commands_parse() -> None:
+    """Every format and option that README names is one of its tool."""
+    lines = [
+        line.split("tools/")[1] for line in block_with("preprocess_captions.py").splitlines() if "preprocess_" in line
+    ]
+    assert len(lines) == 4
+    for line in lines:
+        tool, *words = shlex.split(line)
+        readers = load_tool(tool.removesuffix(".py")).READERS
+        assert parser_of("", readers).parse_args(words).format in readers
 
 
 def test_make_targets_and_links_exist() -> None:

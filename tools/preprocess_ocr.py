@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import sys
 
+from mm15_megatron.data.formats.docstruct import DocStruct
 from mm15_megatron.data.formats.idl import Idl
 from mm15_megatron.data.formats.pdfa import Pdfa
 from mm15_megatron.data.formats.rendered_text import RenderedText
 from mm15_megatron.data.preprocess.cli import run_tool
 
-READERS = {"pdfa": Pdfa, "idl": Idl, "rendered-text": RenderedText}
+READERS = {"pdfa": Pdfa, "idl": Idl, "rendered-text": RenderedText, "docstruct": DocStruct}
 
 if __name__ == "__main__":
     sys.exit(run_tool(__doc__, READERS))

@@ -18,7 +18,7 @@ from ..data.images import photo
 from ..helpers.tools import load_tool
 
 ROOT = Path(__file__).resolve().parents[2]
-TOOLS = ("captions", "text", "interleaved", "sft", "ocr")
+TOOLS = ("captions", "text", "interleaved", "sft", "ocr", "video")
 
 CAPTION = {"file_name": "a.jpg", "text": "a photo"}
 TALK = {

@@ -185,7 +185,7 @@ def _converter(kind: Any, *, none: bool) -> Callable[[str], Any]:
     def converted(text: str) -> Any:
         return None if none and text.lower() == "none" else convert(text)
 
-    converted.__name__ = getattr(kind, "__name__", "list")  # argparse names it in its errors
+    converted.__name__ = _metavar(kind)  # argparse names it in its errors
     return converted
 
 

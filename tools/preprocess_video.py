@@ -1,0 +1,20 @@
+"""Make a dataset of videos, as evenly spaced frames, with a conversation or a caption each.
+
+    python tools/preprocess_video.py FORMAT INPUT... --output PREFIX --tokenizer PATH [--workers N]
+
+FORMAT --help tells what a format reads and its options. Under mpiexec, or srun with MPI, the ranks share the work; the
+bytes are the same for any number of processes. A job that was killed goes on where it was when it is started again.
+Exit codes: 0 written; 2 something in the input is wrong.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from mm15_megatron.data.formats.video import Video
+from mm15_megatron.data.preprocess.cli import run_tool
+
+READERS = {"jsonl": Video}
+
+if __name__ == "__main__":
+    sys.exit(run_tool(__doc__, READERS))
