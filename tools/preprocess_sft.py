@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import sys
 
+from mm15_megatron.data.formats.grit import Grit
 from mm15_megatron.data.formats.llava import Llava
 from mm15_megatron.data.formats.openai_chat import OpenAIChat
 from mm15_megatron.data.formats.sharegpt import ShareGPT
 from mm15_megatron.data.preprocess.cli import run_tool
 
-READERS = {"llava": Llava, "sharegpt": ShareGPT, "openai": OpenAIChat}
+READERS = {"llava": Llava, "sharegpt": ShareGPT, "openai": OpenAIChat, "grit": Grit}
 
 if __name__ == "__main__":
     sys.exit(run_tool(__doc__, READERS))
