@@ -87,7 +87,7 @@ class Box:
 
 @dataclass(frozen=True)
 class Motion:
-    """Where the pixels of an image go: x' = xx x + xy y + x0, y' = yx x + yy y + y0; sides stay parallel to the axes."""
+    """Where the pixels of an image go: x' = xx x + xy y + x0, y' = yx x + yy y + y0; sides stay parallel to axes."""
 
     xx: float = 1.0
     xy: float = 0.0
