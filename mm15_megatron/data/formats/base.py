@@ -191,7 +191,7 @@ def json_lines(unit: Unit) -> Iterator[tuple[str, dict[str, Any]]]:
     for where, line in lines(unit):
         try:
             value = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{unit.path} at {where}: {error}", fix="write one JSON object a line") from error
         if not isinstance(value, dict):
             raise DataError(

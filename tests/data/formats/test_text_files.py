@@ -222,3 +222,11 @@ def test_impossible_options(tmp_path: Path, reader: type[Reader], options: dict[
 def test_no_files(tmp_path: Path, reader: type[Reader]) -> None:
     with pytest.raises(DataError, match="holds no file that ends in"):
         reader((tmp_path,)).units()
+
+
+def test_json_that_is_nested_too_deeply_is_an_error(tmp_path: Path) -> None:
+    """Python's parser raises RecursionError for it, which is no ValueError."""
+    (tmp_path / "deep.jsonl").write_text("[" * 100_000 + "\n", encoding="utf-8")
+    reader = JsonlText((tmp_path / "deep.jsonl",))
+    with pytest.raises(DataError, match=r"deep\.jsonl at deep\.jsonl:0"):
+        list(reader.read(reader.units()[0]))
