@@ -17,8 +17,8 @@ read too. Messages in a row of one role are joined: OpenAI's own example has two
 Records with tool calls, audio, files or answers of weight 0 (not to be learned) are left out and counted.
 
 Sources read: the guide "Vision fine-tuning" (developers.openai.com/api/docs/guides/vision-fine-tuning), excerpts of the
-reference of "Create a model response", and a thread on the form of ``input_image`` at community.openai.com. ``weight`` and
-``refusal`` are known from the reference of fine-tuning, not looked up again.
+reference of "Create a model response", and a thread on the form of ``input_image`` at community.openai.com.
+``weight`` and ``refusal`` are known from the reference of fine-tuning, not looked up again.
 """
 
 from __future__ import annotations
