@@ -1,9 +1,9 @@
 """Images of a dataset that are also in a benchmark: equal bytes, or equal to the eye.
 
 Two pictures look alike when their difference hashes differ in few of 64 bits: the picture, upright and gray, is shrunk
-to 9 x 8, and a bit says whether a pixel is brighter than its left neighbour. Scaling, recompression and small changes of
-brightness keep it; crops and turns do not. A picture without structure (a blank page) has no bit set and is compared by
-its bytes alone.
+to 9 x 8, and a bit says whether a pixel is brighter than its left neighbour. Scaling, recompression and small changes
+of brightness keep it; crops and turns do not. A picture without structure (a blank page) has no bit set and is compared
+by its bytes alone.
 """
 
 from __future__ import annotations
