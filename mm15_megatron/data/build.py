@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Final
 
 from mm15_megatron import __version__
-from mm15_megatron.data.image.decode_pil import check_image
+from mm15_megatron.data.image.pillow import check_image
 from mm15_megatron.data.indexed.writer import EncodedImage
 from mm15_megatron.errors import DataError
 

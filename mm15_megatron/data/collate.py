@@ -10,7 +10,8 @@ import torch
 
 from mm15_megatron.batch import MMBatch, RankView, StepCounts, TileShare, tile_share
 from mm15_megatron.config.schema import RunConfig, VisionConfig
-from mm15_megatron.data.image.decoder import Bytes, Decoded, ImageDecoder, build_decoder
+from mm15_megatron.data.image.decoder import Decoded, ImageDecoder, build_decoder
+from mm15_megatron.data.image.pillow import Bytes
 from mm15_megatron.data.image.views import TileMaker
 from mm15_megatron.data.indexed.reader import IndexedSource
 from mm15_megatron.data.packing import Layout, PackingRules, PlacedImage, lay_out

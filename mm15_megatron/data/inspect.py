@@ -13,7 +13,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from mm15_megatron.data.image.decode_pil import check_image
+from mm15_megatron.data.image.pillow import check_image
 from mm15_megatron.data.indexed.reader import IndexedSource
 from mm15_megatron.errors import DataError
 

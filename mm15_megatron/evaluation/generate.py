@@ -17,7 +17,7 @@ import torch
 from mm15_megatron.batch import MMBatch, TileShare
 from mm15_megatron.config.schema import RunConfig
 from mm15_megatron.data.collate import ImageSettings, TileLoader
-from mm15_megatron.data.image.decode_pil import check_image
+from mm15_megatron.data.image.pillow import check_image
 from mm15_megatron.data.packing import Layout, PackingRules, lay_out
 from mm15_megatron.data.samples import ImageRef, Sample
 from mm15_megatron.errors import ConfigError, DataError

@@ -13,9 +13,9 @@ import torch
 from PIL import Image
 
 from mm15_megatron.config.schema import TilingConfig, VisionConfig
-from mm15_megatron.data.image.decode_pil import check_image
 from mm15_megatron.data.image.decoder import ImageDecoder, build_decoder
 from mm15_megatron.data.image.geometry import tile_plan
+from mm15_megatron.data.image.pillow import check_image
 from mm15_megatron.data.image.views import TileMaker
 from mm15_megatron.errors import DataError
 from tests.data.images import encode_image, photo

@@ -11,7 +11,7 @@ import pytest
 
 from examples.quickstart import digits
 from examples.quickstart.build_dataset import SEED, Sizes, build, build_training, heldout, pictures
-from mm15_megatron.data.image.decoder import sniff
+from mm15_megatron.data.image.pillow import sniff
 from mm15_megatron.data.indexed.reader import IndexedSource
 from mm15_megatron.data.tokenizer import Tokenizer
 

@@ -11,7 +11,7 @@ from typing import Any, Final
 import numpy as np
 import torch
 
-from mm15_megatron.data.image.decoder import Bytes, DecodeFailure
+from mm15_megatron.data.image.pillow import Bytes, DecodeFailure
 from mm15_megatron.errors import BackendError
 
 try:

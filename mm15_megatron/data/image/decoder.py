@@ -8,28 +8,12 @@ from __future__ import annotations
 import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final, Protocol
+from typing import Protocol
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
+from mm15_megatron.data.image.pillow import Bytes, DecodeFailure, sniff
 from mm15_megatron.errors import DataError
-
-Bytes = npt.NDArray[np.uint8]
-
-_MAGIC: Final = (
-    (b"\xff\xd8\xff", "jpeg"), (b"\x89PNG\r\n\x1a\n", "png"), (b"BM", "bmp"),
-    (b"II*\x00", "tiff"), (b"MM\x00*", "tiff"),
-)  # fmt: skip
-# Refused by name: a corrupt JPEG 2000 ends the process inside the native decoder, which reads no GIF.
-_REFUSED: Final = (
-    (b"\x00\x00\x00\x0cjP  ", "JPEG 2000"), (b"\xff\x4f\xff\x51", "JPEG 2000"), (b"GIF8", "GIF"),
-)  # fmt: skip
-
-
-class DecodeFailure(Exception):
-    """A codec could not read an image; the message is the reason. It never leaves this package."""
 
 
 class ImageCodec(Protocol):
@@ -50,24 +34,6 @@ class Decoded:
 
     pixels_HWC: torch.Tensor | None
     problem: str = ""
-
-
-def sniff(data: Bytes | bytes) -> str:
-    """Return jpeg, png, bmp, tiff or webp by the first bytes.
-
-    Raises:
-        DecodeFailure: for any other content, naming it where it is known.
-    """
-    head = bytes(data[:16])
-    for magic, name in _MAGIC:
-        if head.startswith(magic):
-            return name
-    if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
-        return "webp"
-    for magic, name in _REFUSED:
-        if head.startswith(magic):
-            raise DecodeFailure(f"{name} is refused: transcode it to PNG")
-    raise DecodeFailure("no bytes" if not head else f"not an allowed image format (starts with {head[:8]!r})")
 
 
 class ImageDecoder:

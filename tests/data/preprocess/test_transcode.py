@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image, features
 
-from mm15_megatron.data.image.decode_pil import check_image
+from mm15_megatron.data.image.pillow import check_image
 from mm15_megatron.data.preprocess.transcode import foreign_format, transcoded
 from mm15_megatron.errors import DataError
 
