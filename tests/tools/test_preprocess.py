@@ -125,3 +125,21 @@ def test_images_are_indexed_by_url(folder: Path, capsys: pytest.CaptureFixture[s
     words = words_of(folder, rows(folder, document), "--image-index", str(folder / "urls.index"))
     assert run_tool("", load_tool("preprocess_interleaved").READERS, ["mmc4", *words]) == 0
     assert IndexedSource(folder / "out").manifest.images == 1
+
+
+def test_frequent_images_are_counted_and_left_out(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The same picture in three documents, where two are fine."""
+    (folder / "images" / "b.jpg").write_bytes(photo(120, 150, seed=2))
+    often, once = PARTS, {"parts": [{"type": "image", "path": "b.jpg"}, {"type": "text", "text": "three"}]}
+    source = folder / "in.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in (often, often, once, often)), encoding="utf-8")
+    frequent, tool = folder / "frequent.npy", load_tool("count_images")
+    words = ["positioned", str(source), "--image-folder", str(folder / "images"), "--output", str(frequent)]
+    assert tool.main([*words, "--more-than", "2", "--workers", "1"]) == 0
+    assert "4 images, 2 different ones, 1 too frequent" in capsys.readouterr().out
+    assert tool.main(words) == 2
+    options = ["--image-folder", "IMAGES", "--filters-frequent-path", str(frequent)]
+    made = ["positioned", *words_of(folder, source, *options)]
+    assert run_tool("", load_tool("preprocess_interleaved").READERS, made) == 0
+    found = IndexedSource(folder / "out").manifest
+    assert (found.documents, found.images) == (1, 1)

@@ -88,8 +88,12 @@ class _Told:
             self._progress.close()
 
 
-def parser_of(description: str, readers: Mapping[str, type]) -> argparse.ArgumentParser:
-    """Return the parser of a tool."""
+Adder = Callable[[argparse.ArgumentParser], None]
+"""Adds what every format of a tool has besides the options of its reader."""
+
+
+def parser_of(description: str, readers: Mapping[str, type], *, shared: Adder | None = None) -> argparse.ArgumentParser:
+    """Return the parser of a tool; ``shared`` None: the options of a dataset that is made."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     formats = parser.add_subparsers(dest="format", required=True, metavar="FORMAT")
     for name, reader in readers.items():
@@ -97,7 +101,7 @@ def parser_of(description: str, readers: Mapping[str, type]) -> argparse.Argumen
         sub = formats.add_parser(name, help=summary, description=sys.modules[reader.__module__].__doc__)
         sub.formatter_class = argparse.RawDescriptionHelpFormatter
         add_fields(sub, reader)
-        _add_shared(sub)
+        (shared or _add_shared)(sub)
     return parser
 
 
