@@ -33,14 +33,20 @@ from PIL import Image
 from mm15_megatron.data.boxes import Point, Scale, resized, turned, upright, written
 from mm15_megatron.data.formats.base import Found, Interleaved
 from mm15_megatron.data.formats.fields import check_choice
-from mm15_megatron.data.formats.turns import ConversationReader, Draft, LeftOut, Wrong, image_list, turn_list
+from mm15_megatron.data.formats.turns import (
+    ConversationReader,
+    Draft,
+    LeftOut,
+    Wrong,
+    image_list,
+    plain_turn,
+    turn_list,
+)
 from mm15_megatron.data.sft import Conversation, Turn
 from mm15_megatron.data.tokenizer import IMAGE_TOKEN
-from mm15_megatron.errors import DataError, did_you_mean
 
 PLACEHOLDER: Final = "<|image|>"
 PARTS: Final = 999
-ROLES: Final = ("system", "user", "assistant")
 
 _NUMBER: Final = r"\s*(\d{1,9})\s*"
 _BOX: Final = re.compile(rf"<bbox>{_NUMBER},{_NUMBER},{_NUMBER},{_NUMBER}</bbox>")
@@ -83,11 +89,8 @@ class DocStruct(ConversationReader):
         """Take the turns and images out of a record; placeholders become the project's."""
         turns = []
         for number, turn in enumerate(turn_list(record, "messages", place=place)):
-            role, content = turn.get("role"), turn.get("content")
-            if role not in ROLES:
-                raise DataError(f"{place}: turn {number} has the role {role!r}", fix=did_you_mean(str(role), ROLES))
-            if not isinstance(content, str):
-                raise Wrong("turn without a text", f"turn {number} has the content {content!r}", fix="write a text")
+            said = plain_turn(turn, number=number, place=place)
+            role, content = said.role, said.text
             if IMAGE_TOKEN in content:
                 raise Wrong(
                     f"{IMAGE_TOKEN} in a text",

@@ -77,6 +77,24 @@ def status_fault(status: object) -> str | None:
     return f"status {status}" if status in _STATUSES else "status is not success"
 
 
+def path_inside(root: Path, name: str | None, *, place: str, noun: str = "image") -> Path:
+    """Return the real path of a file below ``root``, whether it exists or not.
+
+    Raises:
+        DataError: the path is empty, absolute, or leads out of the root, by ``..`` or by a symbolic link.
+    """
+    if not name or "\0" in name or os.path.isabs(name):
+        raise DataError(f"{place} names the {noun} {name!r}", fix=f"name files relative to {root}")
+    base = os.path.realpath(root)
+    real = os.path.realpath(os.path.join(base, name))
+    if not real.startswith(os.path.join(base, "")):
+        raise DataError(
+            f"{place}: {name!r} leads out of {root} to {real}",
+            fix="name as root the folder that really holds the files",
+        )
+    return Path(real)
+
+
 def read_inside(root: Path, name: str, *, place: str, missing: str) -> bytes | None:
     """Return the bytes of a file below ``root``, or None if it does not exist and ``missing`` is ``skip``.
 
@@ -90,19 +108,11 @@ def read_inside(root: Path, name: str, *, place: str, missing: str) -> bytes | N
         DataError: the path is absolute, leads out of the root (by ``..`` or by a symbolic link), does not name a
             regular file, or names a missing one with ``missing="raise"``.
     """
-    if not name or "\0" in name or os.path.isabs(name):
-        raise DataError(f"{place} names the image {name!r}", fix=f"name files relative to {root}")
-    base = os.path.realpath(root)
-    real = os.path.realpath(os.path.join(base, name))
-    if not real.startswith(os.path.join(base, "")):
-        raise DataError(
-            f"{place}: {name!r} leads out of {root} to {real}",
-            fix="name as root the folder that really holds the files",
-        )
+    real = path_inside(root, name, place=place)
     try:
         if not stat.S_ISREG(os.stat(real).st_mode):  # a pipe would wait for ever
             raise DataError(f"{place}: {name!r} in {root} is not a file", fix="name image files")
-        return Path(real).read_bytes()
+        return real.read_bytes()
     except (FileNotFoundError, NotADirectoryError) as error:
         if missing == SKIP:
             return None

@@ -25,9 +25,8 @@ from mm15_megatron.data.formats.ocr_pages import (
     ImageEncoding,
     Page,
     Paging,
-    documents,
+    annotated,
     page_records,
-    page_texts,
     text_fault,
 )
 from mm15_megatron.errors import DataError
@@ -90,14 +89,11 @@ class Idl:
         Raises:
             DataError: the archive is broken, or an annotation has another structure.
         """
-        for key, files in documents(unit, suffixes=("tif", "json")):
-            where = f"{unit.path.name}:{key}"
-            missing = [suffix for suffix in ("json", "tif") if suffix not in files]
-            if missing:
-                yield Skipped(f"no {missing[0]}", where)
+        for found in annotated(unit, suffix="tif"):
+            if isinstance(found, Skipped):
+                yield found
             else:
-                texts = page_texts(files["json"], where=f"{unit.path}:{key}")
-                yield from self._document(files["tif"], texts, where=where)
+                yield from self._document(found.data, found.texts, where=found.where)
 
     def _document(self, scan: bytes, texts: list[str], *, where: str) -> Iterator[Found | Skipped]:
         try:

@@ -124,6 +124,30 @@ def documents(unit: Unit, *, suffixes: tuple[str, ...]) -> Iterator[tuple[str, d
         ) from cut
 
 
+@dataclass(frozen=True)
+class Annotated:
+    """A document of an archive: its bytes, the text of each page, and where it stands."""
+
+    data: bytes
+    texts: list[str]
+    where: str
+
+
+def annotated(unit: Unit, *, suffix: str) -> Iterator[Annotated | Skipped]:
+    """Yield the documents of an archive that have a file ``<key>.<suffix>`` and an annotation ``<key>.json``.
+
+    Raises:
+        DataError: the archive is broken, or an annotation has another structure.
+    """
+    for key, files in documents(unit, suffixes=(suffix, "json")):
+        where = f"{unit.path.name}:{key}"
+        missing = [name for name in ("json", suffix) if name not in files]
+        if missing:
+            yield Skipped(f"no {missing[0]}", where)
+        else:
+            yield Annotated(files[suffix], page_texts(files["json"], where=f"{unit.path}:{key}"), where)
+
+
 def parse_json(data: bytes, *, where: str) -> dict[str, Any]:
     """Return the object in a JSON member.
 

@@ -33,9 +33,8 @@ from mm15_megatron.data.formats.ocr_pages import (
     ImageEncoding,
     Page,
     Paging,
-    documents,
+    annotated,
     page_records,
-    page_texts,
     text_fault,
 )
 from mm15_megatron.errors import DataError
@@ -92,14 +91,11 @@ class Pdfa:
         Raises:
             DataError: the archive is broken, or an annotation has another structure.
         """
-        for key, files in documents(unit, suffixes=("pdf", "json")):
-            where = f"{unit.path.name}:{key}"
-            missing = [suffix for suffix in ("json", "pdf") if suffix not in files]
-            if missing:
-                yield Skipped(f"no {missing[0]}", where)
+        for found in annotated(unit, suffix="pdf"):
+            if isinstance(found, Skipped):
+                yield found
             else:
-                texts = page_texts(files["json"], where=f"{unit.path}:{key}")
-                yield from self._document(files["pdf"], texts, where=where)
+                yield from self._document(found.data, found.texts, where=found.where)
 
     def _document(self, data: bytes, texts: list[str], *, where: str) -> Iterator[Found | Skipped]:
         try:

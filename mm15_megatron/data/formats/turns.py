@@ -26,12 +26,13 @@ from mm15_megatron.data.formats.fields import MISSING_IMAGE, RAISE, SKIP, check_
 from mm15_megatron.data.formats.json_records import record_units, records
 from mm15_megatron.data.sft import Conversation, Turn
 from mm15_megatron.data.tokenizer import IMAGE_TOKEN
-from mm15_megatron.errors import DataError
+from mm15_megatron.errors import DataError, did_you_mean
 
 ERROR: Final = "error"
 SYSTEM_CHOICES: Final = ("drop", "prepend-to-first-user", ERROR)
 PLACEHOLDER_CHOICES: Final = ("prepend", ERROR)
 ROLE_CHOICES: Final = ("merge", ERROR)
+PLAIN_ROLES: Final = ("system", "user", "assistant")
 BAD_CHOICES: Final = (SKIP, ERROR)
 
 _SYSTEM_FIX: Final = " or ".join(map(repr, SYSTEM_CHOICES[:2]))
@@ -295,6 +296,21 @@ def turn_list(record: Mapping[str, Any], name: str, *, place: str) -> list[Mappi
         found = f"{name!r} is a {type(turns).__name__}" if name in record else f"the fields are {sorted(record)}"
         raise DataError(f"{place}: {found}", fix=f"give each record a list of objects as {name!r}")
     return turns
+
+
+def plain_turn(turn: Mapping[str, Any], *, number: int, place: str) -> Turn:
+    """Return a turn of the form {role, content}, with one text.
+
+    Raises:
+        DataError: the role is unknown.
+        Wrong: the content is no text.
+    """
+    role, content = turn.get("role"), turn.get("content")
+    if role not in PLAIN_ROLES:
+        raise DataError(f"{place}: turn {number} has the role {role!r}", fix=did_you_mean(str(role), PLAIN_ROLES))
+    if not isinstance(content, str):
+        raise Wrong("turn without a text", f"turn {number} has the content {content!r}", fix="write a text")
+    return Turn(str(role), content)
 
 
 def image_list(value: Any, *, name: str, place: str) -> tuple[ImageRef, ...]:

@@ -17,24 +17,22 @@ MM1.5 feeds a video as a sample of 24 images: where the placeholder stands, one 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Any, Final
 
 from mm15_megatron.data.formats.base import Found, Interleaved
-from mm15_megatron.data.formats.fields import SKIP, check_choice, check_named, fault_of, text_field
+from mm15_megatron.data.formats.fields import SKIP, check_choice, check_named, fault_of, path_inside, text_field
 from mm15_megatron.data.formats.llava import llava_turns
-from mm15_megatron.data.formats.turns import ConversationReader, Draft, LeftOut, Wrong, turn_list
+from mm15_megatron.data.formats.turns import ConversationReader, Draft, LeftOut, Wrong, plain_turn, turn_list
 from mm15_megatron.data.formats.video_frames import FrameSampling, Unusable, sample_frames
 from mm15_megatron.data.sft import Conversation, Turn
 from mm15_megatron.data.tokenizer import IMAGE_TOKEN
-from mm15_megatron.errors import DataError, did_you_mean
+from mm15_megatron.errors import DataError
 
 PLACEHOLDER: Final = "<video>"
 MISSING_VIDEO: Final = "video file is missing"
-ROLES: Final = ("system", "user", "assistant")
 UNIT_BYTES: Final = 256 * 2**10
 """A line costs the decoding of a video, so units are small."""
 
@@ -123,17 +121,9 @@ class Video(ConversationReader):
 
     def _path(self, name: str | None, *, place: str, folder: Path) -> Path:
         root = self.image_root or folder
-        if not name or "\0" in name or os.path.isabs(name):
-            raise DataError(f"{place} names the video {name!r}", fix=f"name files relative to {root}")
-        base = os.path.realpath(root)
-        real = os.path.realpath(os.path.join(base, name))
-        if not real.startswith(os.path.join(base, "")):
-            raise DataError(
-                f"{place}: {name!r} leads out of {root} to {real}",
-                fix="name as root the folder that really holds the files",
-            )
-        if os.path.isfile(real):
-            return Path(real)
+        real = path_inside(root, name, place=place, noun="video")
+        if real.is_file():
+            return real
         if self.missing_image != SKIP:
             raise DataError(f"{place}: {name!r} is no file in {root}", fix=f"let missing_image be {SKIP!r}")
         raise LeftOut(MISSING_VIDEO)
@@ -142,10 +132,5 @@ class Video(ConversationReader):
 def _role_turns(record: Mapping[str, Any], *, place: str) -> tuple[Turn, ...]:
     turns = []
     for number, turn in enumerate(turn_list(record, "messages", place=place)):
-        role, content = turn.get("role"), turn.get("content")
-        if role not in ROLES:
-            raise DataError(f"{place}: turn {number} has the role {role!r}", fix=did_you_mean(str(role), ROLES))
-        if not isinstance(content, str):
-            raise Wrong("turn without a text", f"turn {number} has the content {content!r}", fix="write a text")
-        turns.append(Turn(str(role), content))
+        turns.append(plain_turn(turn, number=number, place=place))
     return tuple(turns)
