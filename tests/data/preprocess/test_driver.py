@@ -152,11 +152,11 @@ def test_a_killed_job_leaves_no_dataset_and_goes_on(job: Job, tmp_path: Path) ->
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen([sys.executable, "-c", script], env=env, cwd=ROOT)
     deadline = time.monotonic() + 60
-    while len(list(job.parts.glob("*.account.json"))) < 3 and time.monotonic() < deadline:
+    while len(list(job.parts.glob("[0-9]*.account.json"))) < 3 and time.monotonic() < deadline:
         time.sleep(0.02)
     process.kill()
     process.wait()
-    finished = len(list(job.parts.glob("*.account.json")))
+    finished = len(list(job.parts.glob("[0-9]*.account.json")))
     assert finished >= 3
     assert not job.prefix.with_suffix(".json").exists()
     told: list[int] = []
@@ -215,7 +215,7 @@ def test_a_malformed_line_is_an_error_and_loses_nothing(job: Job, workers: int) 
     job.format.path.write_text(text.replace('{"text": "document 40', '["text": "document 40'), encoding="utf-8")
     with pytest.raises(DataError, match=r"in\.jsonl:\d+"):
         run_job(job, workers=workers, tell=silent)
-    assert list(job.parts.glob("*.account.json"))
+    assert list(job.parts.glob("[0-9]*.account.json"))
     assert not job.prefix.with_suffix(".json").exists()
 
 
