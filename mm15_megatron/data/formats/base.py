@@ -8,6 +8,7 @@ machines, gives the same documents in the same order.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -115,12 +116,13 @@ def input_files(paths: tuple[Path, ...], *, endings: tuple[str, ...]) -> tuple[P
     """Return the files named, and those below the folders named that end in one of ``endings``, sorted by path.
 
     Raises:
-        DataError: a path does not exist, is named twice by two ways, or holds no such file.
+        DataError: a path does not exist, is named twice by two ways, holds no such file, or links in a circle.
     """
     found: list[Path] = []
     for path in paths:
         if path.is_dir():
-            inside = sorted(p for p in path.rglob("*") if p.is_file() and p.name.endswith(endings))
+            below = [at / name for at, names in folders_below(path) for name in names if name.endswith(endings)]
+            inside = sorted(one for one in below if one.is_file())
             if not inside:
                 raise DataError(
                     f"{path} holds no file that ends in {' or '.join(endings)}", fix="name the right folder"
@@ -135,6 +137,27 @@ def input_files(paths: tuple[Path, ...], *, endings: tuple[str, ...]) -> tuple[P
     if twice:
         raise DataError(f"{', '.join(twice[:3])} is named twice", fix="name every file once")
     return tuple(found)
+
+
+def folders_below(folder: Path) -> Iterator[tuple[Path, list[str]]]:
+    """Yield (folder, sorted names of what is no folder) of a folder and all below it, through links, in sorted order.
+
+    Raises:
+        DataError: a link leads back to a folder above it.
+    """
+    yield from _folders(folder, above=())
+
+
+def _folders(folder: Path, *, above: tuple[str, ...]) -> Iterator[tuple[Path, list[str]]]:
+    real = os.path.realpath(folder)
+    if real in above:
+        raise DataError(f"{folder} leads back to {real}, which holds it", fix="remove the link")
+    with os.scandir(folder) as entries:
+        found = sorted((entry.name, entry.is_dir()) for entry in entries)
+    yield folder, [name for name, is_folder in found if not is_folder]
+    for name, is_folder in found:
+        if is_folder:
+            yield from _folders(folder / name, above=(*above, real))
 
 
 def line_units(paths: tuple[Path, ...], *, size: int = UNIT_BYTES) -> tuple[Unit, ...]:
