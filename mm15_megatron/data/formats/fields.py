@@ -77,22 +77,23 @@ def status_fault(status: object) -> str | None:
     return f"status {status}" if status in _STATUSES else "status is not success"
 
 
-def path_inside(root: Path, name: str | None, *, place: str, noun: str = "image") -> Path:
-    """Return the real path of a file below ``root``, whether it exists or not.
+def path_inside(root: Path, name: str | None, *, place: str = "a record", noun: str = "image") -> Path:
+    """Return the path of a file below ``root``, whether it exists or not.
+
+    What counts is the path as it is written: it may not be absolute, nor climb out of the root by ``..``. Links below
+    the root are followed wherever they lead: whoever made the folder put them there, as the usual folder of LLaVA's
+    images does with ``coco -> /data/coco``. Steps back are taken off the text, so ``link/../b.jpg`` is ``b.jpg``.
 
     Raises:
-        DataError: the path is empty, absolute, or leads out of the root, by ``..`` or by a symbolic link.
+        DataError: the path is empty, absolute, the root itself, or leads out of it.
     """
-    if not name or "\0" in name or os.path.isabs(name):
-        raise DataError(f"{place} names the {noun} {name!r}", fix=f"name files relative to {root}")
-    base = os.path.realpath(root)
-    real = os.path.realpath(os.path.join(base, name))
-    if not real.startswith(os.path.join(base, "")):
+    inner = os.path.normpath(name) if name and "\0" not in name else "."
+    if inner == "." or os.path.isabs(inner) or inner.split(os.sep, 1)[0] == os.pardir:
         raise DataError(
-            f"{place}: {name!r} leads out of {root} to {real}",
-            fix="name as root the folder that really holds the files",
+            f"{place} names the {noun} {name!r}, which is no file below {root}",
+            fix="write paths relative to that folder, without '..' out of it; links that lie in it are followed",
         )
-    return Path(real)
+    return root / inner
 
 
 def read_inside(root: Path, name: str, *, place: str, missing: str) -> bytes | None:
@@ -105,14 +106,14 @@ def read_inside(root: Path, name: str, *, place: str, missing: str) -> bytes | N
         missing: ``raise`` or ``skip``.
 
     Raises:
-        DataError: the path is absolute, leads out of the root (by ``..`` or by a symbolic link), does not name a
-            regular file, or names a missing one with ``missing="raise"``.
+        DataError: the path is absolute, leads out of the root by ``..``, does not name a regular file, or names a
+            missing one with ``missing="raise"``.
     """
-    real = path_inside(root, name, place=place)
+    path = path_inside(root, name, place=place)
     try:
-        if not stat.S_ISREG(os.stat(real).st_mode):  # a pipe would wait for ever
+        if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would wait for ever
             raise DataError(f"{place}: {name!r} in {root} is not a file", fix="name image files")
-        return real.read_bytes()
+        return path.read_bytes()
     except (FileNotFoundError, NotADirectoryError) as error:
         if missing == SKIP:
             return None

@@ -25,6 +25,7 @@ from io import FileIO
 from pathlib import Path
 from typing import Final, Protocol
 
+from mm15_megatron.data.formats.fields import path_inside
 from mm15_megatron.data.formats.sorted_runs import find, key_of
 from mm15_megatron.data.formats.url_index import LOOSE, IndexHead, columns, read_head
 from mm15_megatron.errors import DataError
@@ -40,24 +41,9 @@ class ImageSource(Protocol):
         ...
 
 
-def inside(root: Path, name: str) -> Path:
-    """Return ``root / name``, following links.
-
-    Raises:
-        DataError: if that is not below ``root``.
-    """
-    if "\0" in name:
-        raise DataError(f"{name!r} is not a file name", fix="name files below the folder of images")
-    base = root.resolve()
-    path = (base / name).resolve()
-    if path == base or not path.is_relative_to(base):
-        raise DataError(f"{name!r} is not a file below {root}", fix="name files below the folder of images")
-    return path
-
-
 @dataclass(frozen=True)
 class ImageFolder:
-    """Images by their path below a folder, which no name may leave, by ``..`` or by a link.
+    """Images by their path below a folder, which no name may leave by ``..``; links that lie in it are followed.
 
     Args:
         root: the folder.
@@ -78,8 +64,8 @@ class ImageFolder:
         Raises:
             DataError: if ``key`` leaves the folder.
         """
-        path = inside(self.root, key)
-        return path.read_bytes() if path.is_file() else None
+        path = path_inside(self.root, key)
+        return path.read_bytes() if os.path.isfile(path) else None
 
 
 @dataclass(frozen=True)

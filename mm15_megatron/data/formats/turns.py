@@ -87,7 +87,8 @@ class ConversationReader(ABC):
 
     Attributes:
         paths: annotation files (JSON array, JSON lines, parquet) and folders of them.
-        image_root: folder that paths of images are relative to, which none may leave; None = the folder of the file.
+        image_root: folder that paths of images are relative to, which none may leave by ``..``; None = the folder of
+            the file.
         system: a leading system turn is dropped and counted (``drop``), put before the text of the first user turn, on
             lines of its own (``prepend-to-first-user``), or an error (``error``).
         missing_placeholder: what to do with images when no turn has a placeholder: one line with ``<image>`` for each

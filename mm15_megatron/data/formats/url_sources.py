@@ -17,8 +17,8 @@ from typing import Any, Final
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mm15_megatron.data.formats.base import input_files, json_lines, line_units
-from mm15_megatron.data.formats.image_store import inside
+from mm15_megatron.data.formats.base import folders_below, input_files, json_lines, line_units
+from mm15_megatron.data.formats.fields import path_inside
 from mm15_megatron.data.formats.sorted_runs import RUN_RECORDS, key_of, ordered_map
 from mm15_megatron.data.formats.url_index import IndexWriter
 from mm15_megatron.errors import DataError
@@ -39,7 +39,7 @@ class UrlMap:
 
     Args:
         path: the file.
-        root: the folder below which the files or tars lie; nothing outside it is read.
+        root: the folder below which the files or tars lie; no path of the table may leave it by ``..``.
         url: field with the URL.
         file: field with the path of a loose file; the empty name: there are tars alone.
         tar: field with the path of a tar.
@@ -190,23 +190,22 @@ def _damaged(path: Path, how: str) -> DataError:
 def _add_folder(folder: Path, writer: IndexWriter) -> None:
     if not folder.is_dir():
         raise DataError(f"{folder} is not a folder", fix="name a folder that img2dataset wrote")
-    for at, inner, names in os.walk(folder):
-        inner.sort()
+    for at, inside in folders_below(folder):
         entries = []
-        there = set(names)
-        for name in sorted(names):
+        there = set(inside)
+        for name in inside:
             stem, ending = os.path.splitext(name)
             if ending.lower() not in IMAGE_ENDINGS:
                 continue
             if f"{stem}.json" not in there:
                 writer.counts[_NO_JSON] += 1
                 continue
-            beside = Path(at, f"{stem}.json")
+            beside = at / f"{stem}.json"
             url = _url_of(beside.read_bytes(), where=str(beside))
             if url is None:
                 writer.counts[_FAILED] += 1
             else:
-                entries.append((url_key(url), Path(at, name)))
+                entries.append((url_key(url), at / name))
         writer.add_files(entries)
 
 
@@ -224,7 +223,7 @@ def _add_map(table: UrlMap, writer: IndexWriter) -> None:
                 f"{where} has no {table.url} with {table.file}, or with {table.tar} and {table.member}: {sorted(row)}",
                 fix="name the fields of the map",
             )
-        path = inside(table.root, name if isinstance(name, str) else str(tar))
+        path = path_inside(table.root, name if isinstance(name, str) else str(tar), place=where, noun="file")
         place = None if isinstance(name, str) or not path.is_file() else members(path).get(str(member))
         if isinstance(name, str) and path.is_file():
             loose.append((url_key(url), path))

@@ -17,6 +17,7 @@ MM1.5 feeds a video as a sample of 24 images: where the placeholder stands, one 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
@@ -121,9 +122,9 @@ class Video(ConversationReader):
 
     def _path(self, name: str | None, *, place: str, folder: Path) -> Path:
         root = self.image_root or folder
-        real = path_inside(root, name, place=place, noun="video")
-        if real.is_file():
-            return real
+        path = path_inside(root, name, place=place, noun="video")
+        if os.path.isfile(path):
+            return path
         if self.missing_image != SKIP:
             raise DataError(f"{place}: {name!r} is no file in {root}", fix=f"let missing_image be {SKIP!r}")
         raise LeftOut(MISSING_VIDEO)

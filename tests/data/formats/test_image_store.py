@@ -180,7 +180,7 @@ def test_malformed_downloads(tmp_path: Path) -> None:
     for row, match in (
         ({"link": "http://x", "path": "good.tar"}, "has no url"),
         ({"url": "http://x", "tar": "good.tar"}, "has no url with path, or with tar and member"),
-        ({"url": "http://x", "path": "../x"}, "not a file below"),
+        ({"url": "http://x", "path": "../x"}, "no file below"),
     ):
         table.write_text(json.dumps(row))
         fails(match, maps=(UrlMap(table, tmp_path),))
@@ -194,14 +194,16 @@ def test_a_folder_is_not_left(tmp_path: Path) -> None:
     (root / "sub").mkdir(parents=True)
     (root / "sub" / "a.jpg").write_bytes(b"a")
     (tmp_path / "secret").write_bytes(b"s")
-    (root / "link").symlink_to(tmp_path / "secret")
+    (root / "link").symlink_to(tmp_path)
     folder = pickle.loads(pickle.dumps(ImageFolder(root)))
     assert folder.get("sub/a.jpg") == b"a"
     assert folder.get("sub/../sub/a.jpg") == b"a"
     assert folder.get("b.jpg") is None
     assert folder.get("sub") is None
-    for name in ("../secret", str(tmp_path / "secret"), "link", "", ".", "a\0b"):
-        with pytest.raises(DataError, match="not a file"):
+    assert folder.get("link/secret") == b"s"
+    assert folder.get("http://x/" + "long" * 100) is None
+    for name in ("../secret", "link/../../secret", str(tmp_path / "secret"), "", ".", "a\0b"):
+        with pytest.raises(DataError, match="no file below"):
             folder.get(name)
     with pytest.raises(DataError, match="not a folder"):
         ImageFolder(tmp_path / "none")

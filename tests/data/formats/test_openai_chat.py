@@ -138,7 +138,7 @@ def test_images_stay_below_their_folder(tmp_path: Path) -> None:
     (tmp_path / "secret.png").write_bytes(b"x")
     (tmp_path / "in").mkdir()
     for url in ("../secret.png", f"file://{tmp_path}/secret.png", "file:///etc/passwd", "file://%2e%2e/x"):
-        with pytest.raises(DataError, match="leads out of|names the image"):
+        with pytest.raises(DataError, match="names the image"):
             read(tmp_path, talk([image(url)], "A"), image_root=tmp_path / "in", on_bad="skip")
 
 

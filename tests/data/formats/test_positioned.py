@@ -101,7 +101,7 @@ def test_malformed_lines(tmp_path: Path, line: object, match: str) -> None:
 def test_names_do_not_leave_the_folder(tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
     path = write(tmp_path, [{"text": "<image>", "images": ["../part.jsonl"]}])
-    with pytest.raises(DataError, match="not a file below"):
+    with pytest.raises(DataError, match="no file below"):
         everything(Positioned((path,), ImageFolder(tmp_path / "images")))
 
 
