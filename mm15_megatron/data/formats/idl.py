@@ -29,6 +29,7 @@ from mm15_megatron.data.formats.ocr_pages import (
     page_records,
     text_fault,
 )
+from mm15_megatron.data.formats.tar_samples import check_limit
 from mm15_megatron.errors import DataError
 
 # what Pillow raises for damaged TIFF data, in its header or in a frame
@@ -54,21 +55,24 @@ class Idl:
         paging: a record a page or a document, and how many pages.
         max_page_pixels: larger pages are left out and counted.
         encoding: how a frame is stored; PNG keeps a bilevel one bilevel.
+        max_member_bytes: a document with a larger file is left out and counted.
     """
 
     paths: tuple[Path, ...]
     paging: Paging = Paging()
     max_page_pixels: int = 64_000_000
     encoding: ImageEncoding = ImageEncoding()
+    max_member_bytes: int = 2**30
 
     def __post_init__(self) -> None:
         """Check the options.
 
         Raises:
-            DataError: an impossible number of pixels.
+            DataError: an impossible number of pixels, or limit.
         """
         if self.max_page_pixels < 1:
             raise DataError(f"max_page_pixels is {self.max_page_pixels}", fix="use 1 or more")
+        check_limit(self.max_member_bytes)
 
     @property
     def kind(self) -> str:
@@ -89,7 +93,7 @@ class Idl:
         Raises:
             DataError: the archive is broken, or an annotation has another structure.
         """
-        for found in annotated(unit, suffix="tif"):
+        for found in annotated(unit, suffix="tif", largest=self.max_member_bytes):
             if isinstance(found, Skipped):
                 yield found
             else:

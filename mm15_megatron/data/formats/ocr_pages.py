@@ -12,7 +12,7 @@ from PIL import Image
 
 from mm15_megatron.data.formats.base import Found, Interleaved, Skipped, Unit
 from mm15_megatron.data.formats.fields import check_choice, fault_of
-from mm15_megatron.data.formats.tar_samples import TarCut, samples
+from mm15_megatron.data.formats.tar_samples import TOO_LARGE, Sample, TarCut, samples
 from mm15_megatron.errors import DataError
 
 DIRECT_MODES: Final = ("1", "L", "LA", "P", "RGB", "RGBA")
@@ -109,19 +109,17 @@ def page_records(pages: Iterator[Page], *, paging: Paging, where: str) -> Iterat
         yield Skipped(reasons[0] if reasons else "document without pages", where)
 
 
-def documents(unit: Unit, *, suffixes: tuple[str, ...]) -> Iterator[tuple[str, dict[str, bytes]]]:
-    """Yield (key, bytes by suffix) of the samples of an archive; a member is held whole, one sample at a time.
+def documents(unit: Unit, *, suffixes: tuple[str, ...], largest: int) -> Iterator[Sample | Skipped]:
+    """Yield the samples of an archive; a member of at most ``largest`` bytes is held whole, one sample at a time.
 
     Raises:
         DataError: it is not a tar, is broken or cut off.
     """
     try:
-        for sample in samples(unit.path, wanted=lambda suffix: suffix in suffixes):
-            yield sample.key, sample.files
+        for sample in samples(unit.path, wanted=lambda suffix: suffix in suffixes, largest=largest):
+            yield Skipped(TOO_LARGE, f"{unit.path.name}:{sample.key}") if sample.too_large else sample
     except TarCut as cut:
-        raise DataError(
-            f"{unit.path} ends before its end marker{f', in {cut.name}' if cut.name else ''}", fix="download it again"
-        ) from cut
+        raise cut.error(unit.path) from cut
 
 
 @dataclass(frozen=True)
@@ -133,19 +131,22 @@ class Annotated:
     where: str
 
 
-def annotated(unit: Unit, *, suffix: str) -> Iterator[Annotated | Skipped]:
+def annotated(unit: Unit, *, suffix: str, largest: int) -> Iterator[Annotated | Skipped]:
     """Yield the documents of an archive that have a file ``<key>.<suffix>`` and an annotation ``<key>.json``.
 
     Raises:
         DataError: the archive is broken, or an annotation has another structure.
     """
-    for key, files in documents(unit, suffixes=(suffix, "json")):
-        where = f"{unit.path.name}:{key}"
+    for sample in documents(unit, suffixes=(suffix, "json"), largest=largest):
+        if isinstance(sample, Skipped):
+            yield sample
+            continue
+        where, files = f"{unit.path.name}:{sample.key}", sample.files
         missing = [name for name in ("json", suffix) if name not in files]
         if missing:
             yield Skipped(f"no {missing[0]}", where)
         else:
-            yield Annotated(files[suffix], page_texts(files["json"], where=f"{unit.path}:{key}"), where)
+            yield Annotated(files[suffix], page_texts(files["json"], where=f"{unit.path}:{sample.key}"), where)
 
 
 def parse_json(data: bytes, *, where: str) -> dict[str, Any]:

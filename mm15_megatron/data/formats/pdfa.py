@@ -37,6 +37,7 @@ from mm15_megatron.data.formats.ocr_pages import (
     page_records,
     text_fault,
 )
+from mm15_megatron.data.formats.tar_samples import check_limit
 from mm15_megatron.errors import DataError
 
 POINTS_PER_INCH: Final = 72
@@ -53,6 +54,7 @@ class Pdfa:
         dpi: resolution at which pages are rendered.
         max_page_pixels: a page that would have more pixels is rendered at the resolution at which it has not.
         encoding: how a rendered page is stored.
+        max_member_bytes: a document with a larger file is left out and counted.
     """
 
     paths: tuple[Path, ...]
@@ -60,17 +62,19 @@ class Pdfa:
     dpi: int = 150
     max_page_pixels: int = 16_000_000
     encoding: ImageEncoding = ImageEncoding()
+    max_member_bytes: int = 2**30
 
     def __post_init__(self) -> None:
         """Check the options.
 
         Raises:
-            DataError: an impossible resolution or number of pixels.
+            DataError: an impossible resolution, number of pixels or limit.
         """
         if not 1 <= self.dpi <= 2400:
             raise DataError(f"dpi is {self.dpi}", fix="use 1 to 2400; 150 is usual")
         if self.max_page_pixels < 1:
             raise DataError(f"max_page_pixels is {self.max_page_pixels}", fix="use 1 or more")
+        check_limit(self.max_member_bytes)
 
     @property
     def kind(self) -> str:
@@ -91,7 +95,7 @@ class Pdfa:
         Raises:
             DataError: the archive is broken, or an annotation has another structure.
         """
-        for found in annotated(unit, suffix="pdf"):
+        for found in annotated(unit, suffix="pdf", largest=self.max_member_bytes):
             if isinstance(found, Skipped):
                 yield found
             else:

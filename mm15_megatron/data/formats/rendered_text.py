@@ -21,6 +21,7 @@ from mm15_megatron.data.formats.base import Found, Interleaved, Skipped, Unit, i
 from mm15_megatron.data.formats.fields import fault_of
 from mm15_megatron.data.formats.ocr_pages import documents, joined, parse_json
 from mm15_megatron.data.formats.tables import column_type, row_group_units, rows
+from mm15_megatron.data.formats.tar_samples import check_limit
 from mm15_megatron.errors import DataError
 
 IMAGES: Final = ("png", "jpg", "jpeg")
@@ -33,9 +34,19 @@ class RenderedText:
 
     Attributes:
         paths: archives and parquet files, or folders of them.
+        max_member_bytes: a sample with a larger member of its archive is left out and counted.
     """
 
     paths: tuple[Path, ...]
+    max_member_bytes: int = 2**28
+
+    def __post_init__(self) -> None:
+        """Check the option.
+
+        Raises:
+            DataError: it is not positive.
+        """
+        check_limit(self.max_member_bytes)
 
     @property
     def kind(self) -> str:
@@ -59,8 +70,12 @@ class RenderedText:
         Raises:
             DataError: the file is broken, or an annotation has another structure.
         """
-        samples = _parquet_samples(unit) if unit.path.suffix == ".parquet" else _tar_samples(unit)
-        for where, image, annotation in samples:
+        parquet = unit.path.suffix == ".parquet"
+        for sample in _parquet_samples(unit) if parquet else _tar_samples(unit, largest=self.max_member_bytes):
+            if isinstance(sample, Skipped):
+                yield sample
+                continue
+            where, image, annotation = sample
             if image is None:
                 yield Skipped("no image", where)
             elif annotation is None:
@@ -86,8 +101,12 @@ Sample = tuple[str, bytes | None, dict[str, Any] | None]
 """Where a sample stands, its image and its annotation; None = missing."""
 
 
-def _tar_samples(unit: Unit) -> Iterator[Sample]:
-    for key, files in documents(unit, suffixes=(*IMAGES, "json")):
+def _tar_samples(unit: Unit, *, largest: int) -> Iterator[Sample | Skipped]:
+    for sample in documents(unit, suffixes=(*IMAGES, "json"), largest=largest):
+        if isinstance(sample, Skipped):
+            yield sample
+            continue
+        key, files = sample.key, sample.files
         image = next((files[suffix] for suffix in IMAGES if suffix in files), None)
         data = files.get("json")
         annotation = None if data is None else parse_json(data, where=f"{unit.path}:{key}")

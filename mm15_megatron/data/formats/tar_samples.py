@@ -2,7 +2,7 @@
 
 The key of ``train/000012.seg.png`` is ``train/000012`` and its suffix ``seg.png``: the name is cut at the first dot of
 its last part. Python's ``tarfile`` ends quietly at a header it cannot read and at the first end marker; here neither
-loses anything unseen: what stands at the end is looked at.
+loses anything unseen: what stands at the end is looked at. A member is held whole, so each reader has a limit for it.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import BinaryIO, Final
 
 from mm15_megatron.errors import DataError
 
+TOO_LARGE: Final = "larger than max_member_bytes"
 _PIECE: Final = 2**20
 _AGAIN: Final = "download or write it again"
 
@@ -26,6 +27,30 @@ class TarCut(Exception):  # noqa: N818 - it is a place, which the reader turns i
         super().__init__(name)
         self.name = name
 
+    def error(self, path: Path, *, fix: str = _AGAIN) -> DataError:
+        """Return the error for readers that do not take a cut archive."""
+        where = "without end marker" if self.name is None else f"inside {self.name!r}"
+        return DataError(f"{path} ends {where}", fix=fix)
+
+
+@dataclass(frozen=True)
+class Member:
+    """A regular file of an archive.
+
+    Attributes:
+        name: with its folders.
+        offset: where its bytes begin in the archive.
+        size: bytes.
+        data: its bytes; None = not asked for, or too many.
+        too_large: they were asked for, and are more than the reader takes.
+    """
+
+    name: str
+    offset: int
+    size: int
+    data: bytes | None = None
+    too_large: bool = False
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -33,13 +58,33 @@ class Sample:
 
     Attributes:
         key: what their names share.
-        files: bytes by suffix (lower case), in the order of the archive.
+        members: by suffix (lower case), in the order of the archive.
         whole: False if the archive is cut right behind it, so that members of it may be missing.
     """
 
     key: str
-    files: dict[str, bytes]
+    members: dict[str, Member]
     whole: bool = True
+
+    @property
+    def files(self) -> dict[str, bytes]:
+        """The bytes that were read, by suffix."""
+        return {suffix: member.data for suffix, member in self.members.items() if member.data is not None}
+
+    @property
+    def too_large(self) -> bool:
+        """Whether a member was not read for its size."""
+        return any(member.too_large for member in self.members.values())
+
+
+def check_limit(max_member_bytes: int) -> None:
+    """Check the option.
+
+    Raises:
+        DataError: it is not positive.
+    """
+    if max_member_bytes < 1:
+        raise DataError(f"max_member_bytes is {max_member_bytes}", fix="use 1 or more")
 
 
 def split_name(name: str) -> tuple[str, str] | None:
@@ -50,44 +95,55 @@ def split_name(name: str) -> tuple[str, str] | None:
     return name[: len(name) - len(suffix) - 1].removeprefix("./"), suffix.lower()
 
 
-def samples(path: Path, *, wanted: Callable[[str], bool]) -> Iterator[Sample]:
-    """Yield the samples of an archive in order; only members whose suffix is ``wanted`` are read.
+def samples(path: Path, *, wanted: Callable[[str], bool], largest: int) -> Iterator[Sample]:
+    """Yield the samples of an archive in order.
+
+    Args:
+        path: the archive.
+        wanted: whether members of a suffix are read.
+        largest: members of more bytes are not read.
 
     Raises:
         TarCut: the archive is cut; the sample before the cut has been given unless a member of its own is cut.
         DataError: it is not a tar, is broken, or gives a member twice.
     """
     key: str | None = None
-    files: dict[str, bytes] = {}
+    inside: dict[str, Member] = {}
 
     def wanted_name(name: str) -> bool:
         parts = split_name(name)
         return parts is not None and wanted(parts[1])
 
     try:
-        for name, data in members(path, wanted=wanted_name):
-            parts = split_name(name)
+        for member in members(path, wanted=wanted_name, largest=largest):
+            parts = split_name(member.name)
             if parts is None:
                 continue
             if key is not None and parts[0] != key:
-                yield Sample(key, files)
-                files = {}
+                yield Sample(key, inside)
+                inside = {}
             key = parts[0]
-            if data is not None and parts[1] in files:
-                raise DataError(f"{path} holds {name} twice in one sample", fix="give every member a name of its own")
-            if data is not None:
-                files[parts[1]] = data
+            if wanted(parts[1]) and parts[1] in inside:
+                raise DataError(
+                    f"{path} holds {member.name} twice in one sample", fix="give every member a name of its own"
+                )
+            inside.setdefault(parts[1], member)
     except TarCut as cut:
         parts = None if cut.name is None else split_name(cut.name)
         if key is not None and (parts is None or parts[0] != key):
-            yield Sample(key, files, whole=parts is not None)
+            yield Sample(key, inside, whole=parts is not None)
         raise
     if key is not None:
-        yield Sample(key, files)
+        yield Sample(key, inside)
 
 
-def members(path: Path, *, wanted: Callable[[str], bool]) -> Iterator[tuple[str, bytes | None]]:
-    """Yield (name, bytes) of the regular files of an uncompressed archive; None for those that are not ``wanted``.
+def members(path: Path, *, wanted: Callable[[str], bool], largest: int) -> Iterator[Member]:
+    """Yield the regular files of an uncompressed archive in order.
+
+    Args:
+        path: the archive.
+        wanted: whether the file of a name is read.
+        largest: files of more bytes are not read.
 
     Raises:
         TarCut: the archive is cut.
@@ -107,11 +163,11 @@ def members(path: Path, *, wanted: Callable[[str], bool]) -> Iterator[tuple[str,
                 continue
             if member.offset_data + member.size > length:
                 raise TarCut(member.name)
-            data = None
-            if wanted(member.name):
+            asked, data = wanted(member.name), None
+            if asked and member.size <= largest:
                 stream.seek(member.offset_data)
                 data = stream.read(member.size)
-            yield member.name, data
+            yield Member(member.name, member.offset_data, member.size, data, too_large=asked and member.size > largest)
         _check_end(stream, archive.offset, path=path)
 
 

@@ -5,18 +5,18 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import tarfile
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, Final
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from mm15_megatron.data.formats import tar_samples
 from mm15_megatron.data.formats.base import folders_below, input_files, json_lines, line_units
 from mm15_megatron.data.formats.fields import path_inside
 from mm15_megatron.data.formats.sorted_runs import RUN_RECORDS, key_of, ordered_map
@@ -25,7 +25,12 @@ from mm15_megatron.errors import DataError
 
 IMAGE_ENDINGS: Final = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jp2")
 _BATCH: Final = 4096
+_JSON: Final = "json"
+_MOST_JSON: Final = 2**26
+_MOST_IMAGE: Final = 2**28
 _NO_JSON: Final = "image without a .json"
+_LARGE_JSON: Final = "image with a .json of more than 64 MiB"
+_LARGE_IMAGE: Final = "image of more than 256 MiB"
 _FAILED: Final = "download failed"
 _GONE: Final = "file of a map is missing"
 
@@ -131,60 +136,30 @@ def read_tar(path: Path) -> tuple[list[Member], Counter[str]]:
     """Return the images of one tar with their URLs, and what was passed over.
 
     Raises:
-        DataError: if it is not an uncompressed tar, is cut short, or a .json of it holds no URL.
+        DataError: if it is not an uncompressed tar, is broken or cut, or a .json of it holds no URL.
     """
     entries: list[Member] = []
     passed: Counter[str] = Counter()
-    image: tuple[int, ...] = ()
-    key, url = "", ""
-    for name, offset, size, raw in _members(path):
-        base, _, ending = PurePosixPath(name).name.partition(".")
-        sample = str(PurePosixPath(name).with_name(base)) if base else name
-        if sample != key:
-            _finish(image, url, entries, passed)
-            key, image, url = sample, (), ""
-        if raw is not None:
-            found = _url_of(raw, where=f"{path} at {name}")
-            url = found if found is not None else _FAILED
-        elif f".{ending.lower()}" in IMAGE_ENDINGS and not image:
-            image = (offset, size)
-    _finish(image, url, entries, passed)
-    return entries, passed
-
-
-def _finish(image: tuple[int, ...], url: str, entries: list[Member], passed: Counter[str]) -> None:
-    if not image:
-        return
-    if url in ("", _FAILED):
-        passed[_FAILED if url else _NO_JSON] += 1
-    else:
-        entries.append((url_key(url), image[0], image[1]))
-
-
-def _members(path: Path) -> Iterator[tuple[str, int, int, bytes | None]]:
-    """Yield (name, offset, size, content if it is a .json) of the regular files in an uncompressed tar."""
-    length = path.stat().st_size
     try:
-        with tarfile.open(path, "r:") as tar:
-            while (member := tar.next()) is not None:
-                tar.members.clear()  # type: ignore[attr-defined]  # it would keep every member it has seen
-                if member.offset_data + member.size > length:
-                    raise _damaged(path, f"{member.name} is cut off")
-                if member.isreg() and not member.issparse():
-                    stream = tar.extractfile(member) if member.name.lower().endswith(".json") else None
-                    yield member.name, member.offset_data, member.size, stream.read() if stream else None
-            end = tar.offset
-    except (tarfile.TarError, EOFError, ValueError) as error:
-        raise _damaged(path, str(error)) from error
-    with path.open("rb") as raw:  # tarfile takes a header that it cannot read for the end
-        raw.seek(end)
-        marker = raw.read(tarfile.BLOCKSIZE)
-    if len(marker) < tarfile.BLOCKSIZE or any(marker):
-        raise _damaged(path, f"there is no end marker at byte {end}")
-
-
-def _damaged(path: Path, how: str) -> DataError:
-    return DataError(f"{path} is not a whole, uncompressed tar: {how}", fix="download the shard again, or leave it out")
+        for sample in tar_samples.samples(path, wanted=_JSON.__eq__, largest=_MOST_JSON):
+            image = next((member for suffix, member in sample.members.items() if f".{suffix}" in IMAGE_ENDINGS), None)
+            about = sample.members.get(_JSON)
+            if image is None:
+                continue
+            if about is None or about.data is None:
+                passed[_NO_JSON if about is None else _LARGE_JSON] += 1
+                continue
+            if image.size > _MOST_IMAGE:
+                passed[_LARGE_IMAGE] += 1
+                continue
+            url = _url_of(about.data, where=f"{path} at {about.name}")
+            if url is None:
+                passed[_FAILED] += 1
+            else:
+                entries.append((url_key(url), image.offset, image.size))
+    except tar_samples.TarCut as cut:
+        raise cut.error(path, fix="download the shard again, or leave it out") from cut
+    return entries, passed
 
 
 def _add_folder(folder: Path, writer: IndexWriter) -> None:
@@ -240,7 +215,11 @@ def _add_map(table: UrlMap, writer: IndexWriter) -> None:
 
 
 def _by_name(path: Path) -> Mapping[str, tuple[int, int]]:
-    return {name: (offset, size) for name, offset, size, _ in _members(path)}
+    try:
+        inside = tar_samples.members(path, wanted=lambda name: False, largest=0)
+        return {member.name: (member.offset, member.size) for member in inside}
+    except tar_samples.TarCut as cut:
+        raise cut.error(path) from cut
 
 
 def _map_rows(table: UrlMap) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -21,7 +21,7 @@ from typing import Any, Final
 
 from mm15_megatron.data.formats.base import Caption, Found, Skipped, Unit, input_files
 from mm15_megatron.data.formats.fields import RAISE, SKIP, check_choice, check_named, fault_of, status_fault, text_field
-from mm15_megatron.data.formats.tar_samples import Sample, TarCut, samples
+from mm15_megatron.data.formats.tar_samples import TOO_LARGE, Sample, TarCut, check_limit, samples
 from mm15_megatron.errors import DataError
 
 IMAGE_SUFFIXES: Final = ("jpg", "jpeg", "png", "webp", "gif", "avif", "bmp", "tif", "tiff")
@@ -39,6 +39,7 @@ class WebDatasetCaptions:
         caption_field: take the caption from this field of the ``.json`` (a synthetic caption); None = from the text.
         caption_suffix: suffix of the member that holds the caption.
         image_suffixes: suffixes of members that are images.
+        max_member_bytes: a sample with a larger member is left out and counted.
         truncated: ``raise``, or ``skip``: of a tar without end marker (a job that was killed) keep what can be read,
             and count one document as left out.
     """
@@ -47,6 +48,7 @@ class WebDatasetCaptions:
     caption_field: str | None = None
     caption_suffix: str = "txt"
     image_suffixes: tuple[str, ...] = IMAGE_SUFFIXES
+    max_member_bytes: int = 2**28
     truncated: str = RAISE
 
     def __post_init__(self) -> None:
@@ -56,6 +58,7 @@ class WebDatasetCaptions:
             DataError: one is impossible.
         """
         check_choice("truncated", self.truncated, (RAISE, SKIP))
+        check_limit(self.max_member_bytes)
         check_named(caption_suffix=self.caption_suffix)
         if self.caption_field is not None:
             check_named(caption_field=self.caption_field)
@@ -88,27 +91,26 @@ class WebDatasetCaptions:
         wanted = {*self.image_suffixes, self.caption_suffix, "json"}
         torn: set[str] = set()
         try:
-            for sample in samples(unit.path, wanted=wanted.__contains__):
+            for sample in samples(unit.path, wanted=wanted.__contains__, largest=self.max_member_bytes):
                 if sample.key in torn:
                     raise DataError(
                         f"{unit.path}: members of sample {sample.key!r} do not stand together",
                         fix="write the tar again with its members sorted by name",
                     )
                 outcome = self._outcome(sample, unit=unit)
-                if isinstance(outcome, Skipped) and outcome.reason in (NO_IMAGE, NO_CAPTION):
+                if isinstance(outcome, Skipped) and outcome.reason in (NO_IMAGE, NO_CAPTION, TOO_LARGE):
                     torn.add(sample.key)
                 if sample.whole or isinstance(outcome, Found):  # else it is the one that the cut leaves out
                     yield outcome
         except TarCut as cut:
             if self.truncated == RAISE:
-                raise DataError(
-                    f"{unit.path} ends {f'inside {cut.name!r}' if cut.name else 'without end marker'}",
-                    fix=f"download it again, or let truncated be {SKIP!r}",
-                ) from cut
+                raise cut.error(unit.path, fix=f"download it again, or let truncated be {SKIP!r}") from cut
             yield Skipped(TRUNCATED, unit.path.name)
 
     def _outcome(self, sample: Sample, *, unit: Unit) -> Found | Skipped:
         where = f"{unit.path.name}:{sample.key}"
+        if sample.too_large:
+            return Skipped(TOO_LARGE, where)
         metadata = _metadata(sample, place=f"{unit.path}: {sample.key}.json")
         failed = status_fault(metadata.get("status")) if metadata else None
         if failed is not None:

@@ -136,8 +136,11 @@ def test_limits(archive: Path) -> None:
         "found",
         "page beyond max_pages",
     ]
-    with pytest.raises(DataError, match="max_page_pixels is 0"):
-        Idl((archive,), max_page_pixels=0)
+    for name in ("max_page_pixels", "max_member_bytes"):
+        with pytest.raises(DataError, match=f"{name} is 0"):
+            Idl((archive,), **{name: 0})
+    records = read_all(Idl((archive,), max_member_bytes=10))
+    assert {reason for _, reason in map(outcome, records)} == {"larger than max_member_bytes"}
 
 
 def test_another_structure_is_an_error(tmp_path: Path) -> None:
@@ -145,7 +148,7 @@ def test_another_structure_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="a.tar:a.json, page 0: 'text' holds no list of texts"):
         read_all(Idl((path,)))
     path.write_bytes(path.read_bytes()[:1500])
-    with pytest.raises(DataError, match="ends before its end marker"):
+    with pytest.raises(DataError, match="ends (inside|without end marker)"):
         read_all(Idl((path,)))
 
 

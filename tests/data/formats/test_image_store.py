@@ -169,7 +169,7 @@ def test_malformed_downloads(tmp_path: Path) -> None:
     bad = tmp_path / "bad.tar"
     for cut in (whole[:700], whole[:3072], whole[:2560] + b"?" * 512 + whole[3072:], b"no tar" * 300):
         bad.write_bytes(cut)
-        fails("bad.tar is not a whole, uncompressed tar", tars=(bad,))
+        fails(r"bad.tar (ends|is broken|is not an uncompressed tar)", tars=(bad,))
     fails("holds no url", tars=(write_tar(tmp_path / "n.tar", [("k", b"x", {"caption": "c"})]),))
     fails("k.json", tars=(write_tar(tmp_path / "j.tar", [("k", b"x", b"{")]),))
     fails("no image with a URL", tars=(write_tar(tmp_path / "e.tar", [("k", b"x", None)]),))
@@ -187,6 +187,26 @@ def test_malformed_downloads(tmp_path: Path) -> None:
     fails("not a folder", maps=(UrlMap(table, tmp_path / "none"),))
     (tmp_path / "map.parquet").write_bytes(b"PAR1 or not")
     fails("not parquet", maps=(UrlMap(tmp_path / "map.parquet", tmp_path),))
+
+
+def test_members_of_absurd_size_are_passed_over(tmp_path: Path) -> None:
+    """A .json of 64 MiB is not parsed; an image of 256 MiB is not one."""
+    path = write_tar(tmp_path / "0.tar", [("2", b"two", about("http://a/2"))])
+    whole = path.read_bytes()
+    sizes = {"1.jpg": 3, "1.json": 2**26 + 1, "3.jpg": 2**28 + 1}
+    with path.open("wb") as stream:
+        for name, size in sizes.items():  # holes, not bytes
+            member = tarfile.TarInfo(name)
+            member.size = size
+            stream.write(member.tobuf())
+            stream.seek(-(-size // 512) * 512, 1)
+        raw = json.dumps(about("http://a/3")).encode()
+        member = tarfile.TarInfo("3.json")
+        member.size = len(raw)
+        stream.write(member.tobuf() + raw.ljust(512, b"\0") + whole)
+    report = build_url_index(tmp_path / "i", tars=(path,))
+    assert report.urls == 1
+    assert report.passed_over == {"image of more than 256 MiB": 1, "image with a .json of more than 64 MiB": 1}
 
 
 def test_a_folder_is_not_left(tmp_path: Path) -> None:

@@ -194,12 +194,21 @@ def test_another_structure_is_an_error(tmp_path: Path, annotation: bytes, messag
         read_all(Pdfa((path,)))
 
 
+def test_a_file_over_the_limit_is_left_out(tmp_path: Path) -> None:
+    small, large = make_pdf((0, 0, 5, 5)), make_pdf((0, 0, 5, 5)) + b" " * 3000
+    annotation = to_json({"pages": [pdfa_page("z")]})
+    members = [("a.json", annotation), ("a.pdf", large), ("b.json", annotation), ("b.pdf", small)]
+    reader = Pdfa((write_tar(tmp_path / "0.tar", members),), max_member_bytes=3000)
+    outcomes = [outcome(record) for record in read_all(reader)]
+    assert outcomes == [("0.tar:a", "larger than max_member_bytes"), ("0.tar:b#0", "found")]
+
+
 def test_a_cut_archive_is_an_error_behind_its_good_documents(archive: Path) -> None:
     data = archive.read_bytes()
     archive.write_bytes(data[: len(data) // 2])
     reader = Pdfa((archive,))
     found = []
-    with pytest.raises(DataError, match="ends before its end marker"):
+    with pytest.raises(DataError, match="ends (inside|without end marker)"):
         found += reader.read(reader.units()[0])
     archive.write_bytes(b"x" * 2048)
     with pytest.raises(DataError, match="not an uncompressed tar"):
@@ -211,6 +220,7 @@ def test_a_cut_archive_is_an_error_behind_its_good_documents(archive: Path) -> N
     [
         ({"dpi": 0}, "dpi is 0"),
         ({"max_page_pixels": 0}, "max_page_pixels is 0"),
+        ({"max_member_bytes": 0}, "max_member_bytes is 0"),
     ],
 )
 def test_impossible_options_are_refused(options: dict[str, int], message: str) -> None:

@@ -106,7 +106,19 @@ def test_another_table_is_an_error(tmp_path: Path) -> None:
         RenderedText((path,)).units()
 
 
+def test_a_member_over_the_limit_is_left_out(tmp_path: Path) -> None:
+    annotation = to_json({"ocr_annotation": {"text": ["x"]}})
+    files = [("1.json", annotation), ("1.png", b"p" * 101), ("2.json", annotation), ("2.png", b"p" * 100)]
+    path = write_tar(tmp_path / "a.tar", files)
+    assert read_all(RenderedText((path,), max_member_bytes=100)) == [
+        Skipped("larger than max_member_bytes", "a.tar:1"),
+        Found(Interleaved((b"p" * 100, "x")), "a.tar:2"),
+    ]
+    with pytest.raises(DataError, match="max_member_bytes is 0"):
+        RenderedText((path,), max_member_bytes=0)
+
+
 def test_a_cut_archive_is_an_error(archive: Path) -> None:
     archive.write_bytes(archive.read_bytes()[:1200])
-    with pytest.raises(DataError, match="ends before its end marker"):
+    with pytest.raises(DataError, match="ends (inside|without end marker)"):
         read_all(RenderedText((archive,)))

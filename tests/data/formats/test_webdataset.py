@@ -266,12 +266,34 @@ def test_a_member_that_claims_an_impossible_size_is_no_reason_to_read_it(tmp_pat
     path = tmp_path / "00000.tar"
     path.write_bytes(member.tobuf(tarfile.GNU_FORMAT) + bytes(2048))
     with pytest.raises(TarCut, match=re.escape("a.jpg")):
-        list(members(path, wanted=lambda name: True))
+        list(members(path, wanted=lambda name: True, largest=2**50))
     member.size = 0
     member.pax_headers = {"size": "-1024"}
     path.write_bytes(member.tobuf(tarfile.PAX_FORMAT) + bytes(2048))
     with pytest.raises(DataError, match="impossible size"):
-        list(samples(path, wanted=lambda suffix: True))
+        list(samples(path, wanted=lambda suffix: True, largest=2**50))
+
+
+def test_members_over_the_limit_are_left_out_by_name(tmp_path: Path) -> None:
+    files = [
+        ("a.jpg", b"A" * 100),
+        ("a.txt", b"x" * 101),
+        ("b.jpg", b"B" * 100),
+        ("b.txt", b"x"),
+        ("b.raw", b"r" * 999),
+    ]
+    path = write_tar(tmp_path / "0.tar", files)
+    assert read(WebDatasetCaptions((path,), max_member_bytes=100)) == [
+        Skipped("larger than max_member_bytes", "0.tar:a"),
+        Found(Caption(b"B" * 100, "x"), "0.tar:b"),
+    ]
+    with path.open("r+b") as stream:
+        stream.truncate(1600)  # a member that is cut off is a cut, whatever its size
+    with pytest.raises(DataError, match=r"ends inside 'a\.txt'"):
+        read(WebDatasetCaptions((path,), max_member_bytes=100))
+    write_tar(path, [("a.jpg", b"A" * 101), ("b.jpg", b"B"), ("a.txt", b"x"), ("b.txt", b"x")])
+    with pytest.raises(DataError, match="do not stand together"):
+        read(WebDatasetCaptions((path,), max_member_bytes=100))
 
 
 def test_samples_that_are_torn_apart_are_an_error(tmp_path: Path) -> None:
@@ -296,6 +318,7 @@ def test_metadata_that_is_not_an_object_is_an_error(tmp_path: Path, data: bytes,
     ("options", "problem"),
     [
         ({"truncated": "ignore"}, "truncated is 'ignore'"),
+        ({"max_member_bytes": 0}, "max_member_bytes is 0"),
         ({"caption_field": ""}, "caption_field is empty"),
         ({"caption_suffix": "jpg"}, "the suffixes are"),
         ({"image_suffixes": ()}, "the suffixes are"),
