@@ -12,10 +12,16 @@ from __future__ import annotations
 import sys
 
 from mm15_megatron.data.formats.caption_files import JsonlCaptions, ParquetCaptions
+from mm15_megatron.data.formats.img2dataset import Img2Dataset
 from mm15_megatron.data.formats.webdataset import WebDatasetCaptions
 from mm15_megatron.data.preprocess.cli import run_tool
 
-READERS = {"webdataset": WebDatasetCaptions, "jsonl": JsonlCaptions, "parquet": ParquetCaptions}
+READERS = {
+    "img2dataset": Img2Dataset,
+    "webdataset": WebDatasetCaptions,
+    "jsonl": JsonlCaptions,
+    "parquet": ParquetCaptions,
+}
 
 if __name__ == "__main__":
     sys.exit(run_tool(__doc__, READERS))

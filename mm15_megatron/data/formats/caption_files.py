@@ -4,10 +4,10 @@ Sources: Hugging Face's guide to image datasets (``metadata.jsonl`` with ``file_
 file, and further fields of any name, ``text`` or ``caption`` in its examples); the storage of its Image feature in
 ``datasets/features/image.py``: a struct of ``bytes`` and ``path``, either of which may be null; ``ParquetSampleWriter``
 in img2dataset's ``img2dataset/writer.py``: image bytes in a column ``jpg``, caption in ``txt``, ``status``, and null
-bytes where the download failed (``image_column="jpg", caption_column="txt", status_column="status"``).
+bytes where the download failed (``image_column="jpg", caption_column="txt", status_column="status"``; the format
+``img2dataset`` finds these by itself).
 
-Not confirmed: that img2dataset names the column ``png`` or ``webp`` with that encode_format (its tars do). Columns that
-hold lists of captions or of images are refused by their type.
+Columns that hold lists of captions or of images are refused by their type.
 """
 
 from __future__ import annotations

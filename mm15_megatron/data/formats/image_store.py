@@ -11,8 +11,8 @@ OBELICS and MMC4 publish URLs; their users download the images themselves, most 
 ``url_sources.build_url_index`` writes one index file, sorted by a 16-byte hash of the URL; :class:`UrlStore` looks URLs
 up in it and reads the bytes where they lie. The index names the files relative to itself, so both may move together.
 img2dataset's default ``resize_mode=border`` pads images to squares: download with ``keep_ratio`` or ``no``, for filters
-that look at sizes and for training. Not read: ``output_format=parquet`` and ``tfrecord``. Not confirmed: that every
-release of img2dataset names the field ``url`` whatever ``--url_col`` says (the code read does).
+that look at sizes and for training. ``output_format=parquet`` and ``tfrecord`` cannot be indexed, and are refused. Not
+confirmed: that every release of img2dataset names the field ``url`` whatever ``--url_col`` says (the code read does).
 """
 
 from __future__ import annotations

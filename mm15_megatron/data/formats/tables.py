@@ -18,6 +18,7 @@ from mm15_megatron.data.formats.base import Unit, input_files
 from mm15_megatron.errors import DataError, did_you_mean
 
 _BUFFER: Final = 2**20
+_IMAGES: Final = ("jpg", "png", "webp")
 
 
 @contextmanager
@@ -27,6 +28,26 @@ def _table(path: Path) -> Iterator[Any]:
             yield table
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path} is not a sound parquet file: {error}", fix="download or write it again") from error
+
+
+def table_schema(path: Path) -> Any:
+    """Return the Arrow schema of a parquet file.
+
+    Raises:
+        DataError: it is not parquet.
+    """
+    with _table(path) as table:
+        return table.schema_arrow
+
+
+def image_column(path: Path) -> str | None:
+    """Return the column in which img2dataset's ``output_format=parquet`` keeps images; None = there is none.
+
+    Raises:
+        DataError: the file is not parquet.
+    """
+    schema = table_schema(path)
+    return next((name for name in _IMAGES if name in schema.names and is_bytes(schema.field(name).type)), None)
 
 
 def column_type(schema: Any, column: str, *, path: Path) -> Any:

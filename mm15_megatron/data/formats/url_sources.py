@@ -20,6 +20,7 @@ from mm15_megatron.data.formats import tar_samples
 from mm15_megatron.data.formats.base import folders_below, input_files, json_lines, line_units
 from mm15_megatron.data.formats.fields import path_inside
 from mm15_megatron.data.formats.sorted_runs import RUN_RECORDS, key_of, ordered_map
+from mm15_megatron.data.formats.tables import image_column
 from mm15_megatron.data.formats.url_index import IndexWriter
 from mm15_megatron.errors import DataError
 
@@ -166,6 +167,7 @@ def _add_folder(folder: Path, writer: IndexWriter) -> None:
     if not folder.is_dir():
         raise DataError(f"{folder} is not a folder", fix="name a folder that img2dataset wrote")
     for at, inside in folders_below(folder):
+        _refuse_packed(at, inside)
         entries = []
         there = set(inside)
         for name in inside:
@@ -182,6 +184,16 @@ def _add_folder(folder: Path, writer: IndexWriter) -> None:
             else:
                 entries.append((url_key(url), at / name))
         writer.add_files(entries)
+
+
+def _refuse_packed(folder: Path, names: list[str]) -> None:
+    """Refuse images that have no place in a file that could be read without unpacking it."""
+    for name in names:
+        if name.endswith(".tfrecord") or (name.endswith(".parquet") and image_column(folder / name) is not None):
+            raise DataError(
+                f"{folder / name} holds images inside, which cannot be indexed",
+                fix="download with output_format=webdataset or files, or write the images to tars",
+            )
 
 
 def _add_map(table: UrlMap, writer: IndexWriter) -> None:

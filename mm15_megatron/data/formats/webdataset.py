@@ -5,8 +5,9 @@ Sources: img2dataset's README and its ``img2dataset/writer.py`` and ``downloader
 (``.png``, ``.webp``: the option encode_format), ``<key>.json`` and, where captions are saved, ``<key>.txt``, in the
 order of their names. The JSON holds url, caption, key, status, error_message, width, height, original_width,
 original_height, exif and sha256 (md5 before), and further columns of the user's list. img2dataset writes successes
-alone into the tar: failed downloads stand in the ``.parquet`` beside it, which is not read here; a sample whose status
-is not ``success`` (from another tool, or joined by hand) is left out and counted by its status.
+alone into the tar: failed downloads stand in the ``.parquet`` beside it, which is not read here but by the format
+``img2dataset``; a sample whose status is not ``success`` (from another tool, or joined by hand) is left out and counted
+by its status.
 
 Not confirmed: which statuses other tools write; all but those of img2dataset are counted under one reason.
 """
@@ -97,7 +98,7 @@ class WebDatasetCaptions:
                         f"{unit.path}: members of sample {sample.key!r} do not stand together",
                         fix="write the tar again with its members sorted by name",
                     )
-                outcome = self._outcome(sample, unit=unit)
+                outcome = self.outcome(sample, path=unit.path)
                 if isinstance(outcome, Skipped) and outcome.reason in (NO_IMAGE, NO_CAPTION, TOO_LARGE):
                     torn.add(sample.key)
                 if sample.whole or isinstance(outcome, Found):  # else it is the one that the cut leaves out
@@ -107,11 +108,16 @@ class WebDatasetCaptions:
                 raise cut.error(unit.path, fix=f"download it again, or let truncated be {SKIP!r}") from cut
             yield Skipped(TRUNCATED, unit.path.name)
 
-    def _outcome(self, sample: Sample, *, unit: Unit) -> Found | Skipped:
-        where = f"{unit.path.name}:{sample.key}"
+    def outcome(self, sample: Sample, *, path: Path) -> Found | Skipped:
+        """Return what becomes of a sample of ``path``.
+
+        Raises:
+            DataError: its ``.json`` is not JSON or lacks ``caption_field``.
+        """
+        where = f"{path.name}:{sample.key}"
         if sample.too_large:
             return Skipped(TOO_LARGE, where)
-        metadata = _metadata(sample, place=f"{unit.path}: {sample.key}.json")
+        metadata = _metadata(sample, place=f"{path}: {sample.key}.json")
         failed = status_fault(metadata.get("status")) if metadata else None
         if failed is not None:
             return Skipped(failed, where)
@@ -119,7 +125,7 @@ class WebDatasetCaptions:
         if len(images) != 1:
             return Skipped("several images" if images else NO_IMAGE, where)
         if self.caption_field is not None:
-            field, place = self.caption_field, f"{unit.path}: {sample.key}.json"
+            field, place = self.caption_field, f"{path}: {sample.key}.json"
             text = text_field(metadata, field, place=place) if metadata is not None else None
         else:
             try:
