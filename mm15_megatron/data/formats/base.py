@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Protocol
@@ -86,6 +86,21 @@ class Skipped:
     where: str
 
 
+@dataclass(frozen=True)
+class Pending:
+    """A document that is still to be read, by a library that a hostile file may end or stall with its process.
+
+    Who takes it knows where it stands before that happens, and may pass it over; ``read`` gives what it holds.
+    """
+
+    where: str
+    read: Callable[[], Iterator[Found | Skipped]]
+
+
+Item = Found | Skipped | Pending
+"""What a reader gives, the same in number and order whenever it reads a unit."""
+
+
 class Format(Protocol):
     """A reader."""
 
@@ -102,14 +117,23 @@ class Format(Protocol):
         """
         ...
 
-    def read(self, unit: Unit) -> Iterator[Found | Skipped]:
-        """Read one unit in order.
+    def read(self, unit: Unit) -> Iterator[Item]:
+        """Read one unit in order; documents that native code decodes are given as ``Pending``.
 
         Raises:
             DataError: the unit is not this format (a wrong schema, a broken archive); what is wrong with a single
                 document is a ``Skipped`` instead where the format's users expect such documents (a failed download).
         """
         ...
+
+
+def opened_items(items: Iterable[Item]) -> Iterator[Found | Skipped]:
+    """Yield what a reader gives, with every ``Pending`` read in its place."""
+    for item in items:
+        if isinstance(item, Pending):
+            yield from item.read()
+        else:
+            yield item
 
 
 def input_files(paths: tuple[Path, ...], *, endings: tuple[str, ...]) -> tuple[Path, ...]:

@@ -15,12 +15,13 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from PIL import Image
 from PIL.TiffImagePlugin import TiffImageFile
 
-from mm15_megatron.data.formats.base import Found, Skipped, Unit, input_files
+from mm15_megatron.data.formats.base import Found, Item, Pending, Skipped, Unit, input_files
 from mm15_megatron.data.formats.ocr_pages import (
     ImageEncoding,
     Page,
@@ -87,7 +88,7 @@ class Idl:
         """
         return tuple(Unit(path) for path in input_files(self.paths, endings=(".tar",)))
 
-    def read(self, unit: Unit) -> Iterator[Found | Skipped]:
+    def read(self, unit: Unit) -> Iterator[Item]:
         """Read the documents of an archive in order.
 
         Raises:
@@ -97,7 +98,7 @@ class Idl:
             if isinstance(found, Skipped):
                 yield found
             else:
-                yield from self._document(found.data, found.texts, where=found.where)
+                yield Pending(found.where, partial(self._document, found.data, found.texts, where=found.where))
 
     def _document(self, scan: bytes, texts: list[str], *, where: str) -> Iterator[Found | Skipped]:
         try:

@@ -21,7 +21,7 @@ from typing import Final
 
 import numpy as np
 
-from mm15_megatron.data.formats.base import Format, Found, Interleaved, Unit
+from mm15_megatron.data.formats.base import Format, Found, Interleaved, Unit, opened_items
 from mm15_megatron.data.formats.sorted_runs import RUN_RECORDS, RunWriter, Values, Words, find, ordered_map, words
 from mm15_megatron.errors import DataError
 
@@ -135,7 +135,7 @@ def count_images(
 def _count_unit(reader: Format, unit: Unit) -> tuple[Words, Values]:
     """Return the different images of a unit, [N, 2], and how often each occurs, [N]."""
     counts: dict[bytes, int] = {}
-    for found in reader.read(unit):
+    for found in opened_items(reader.read(unit)):
         if isinstance(found, Found) and isinstance(found.record, Interleaved):
             for part in found.record.parts:
                 if isinstance(part, bytes):

@@ -14,7 +14,7 @@ annotation (such documents are left out and counted). What MM1.5 rendered, and i
 resolution is that of chug, the text is the plain lines.
 
 Pages are rendered with PDFium, which must not be called from two threads of one process, has no time limit, and may end
-the process on a hostile file: read units in processes of their own. Filled-in form fields are not drawn.
+the process on a hostile file: ``preprocess/workers.py`` says what becomes of that. Filled-in form fields are not drawn.
 """
 
 from __future__ import annotations
@@ -22,13 +22,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
 import pypdfium2
 import pypdfium2.raw
 
-from mm15_megatron.data.formats.base import Found, Skipped, Unit, input_files
+from mm15_megatron.data.formats.base import Found, Item, Pending, Skipped, Unit, input_files
 from mm15_megatron.data.formats.ocr_pages import (
     ImageEncoding,
     Page,
@@ -89,7 +90,7 @@ class Pdfa:
         """
         return tuple(Unit(path) for path in input_files(self.paths, endings=(".tar",)))
 
-    def read(self, unit: Unit) -> Iterator[Found | Skipped]:
+    def read(self, unit: Unit) -> Iterator[Item]:
         """Read the documents of an archive in order.
 
         Raises:
@@ -99,7 +100,7 @@ class Pdfa:
             if isinstance(found, Skipped):
                 yield found
             else:
-                yield from self._document(found.data, found.texts, where=found.where)
+                yield Pending(found.where, partial(self._document, found.data, found.texts, where=found.where))
 
     def _document(self, data: bytes, texts: list[str], *, where: str) -> Iterator[Found | Skipped]:
         try:

@@ -18,10 +18,11 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
-from mm15_megatron.data.formats.base import UNIT_BYTES, Found, Skipped, Unit
+from mm15_megatron.data.formats.base import UNIT_BYTES, Found, Item, Pending, Skipped, Unit
 from mm15_megatron.data.formats.fields import MISSING_IMAGE, RAISE, SKIP, check_choice, read_inside
 from mm15_megatron.data.formats.json_records import record_units, records
 from mm15_megatron.data.sft import Conversation, Turn
@@ -140,25 +141,28 @@ class ConversationReader(ABC):
         """
         return record_units(self.paths, size=self.unit_bytes)
 
-    def read(self, unit: Unit) -> Iterator[Found | Skipped]:
-        """Read the conversations of a unit.
+    def read(self, unit: Unit) -> Iterator[Item]:
+        """Read the conversations of a unit, whose videos and images are opened when they are.
 
         Raises:
             DataError: for a file that is not the format, and for a bad conversation unless ``on_bad`` is ``skip``.
         """
         for where, record in records(unit):
-            place = f"{unit.path} at {where}"
-            try:
-                yield self.conversation(record, where=where, place=place, folder=unit.path.parent)
-            except LeftOut as left:
-                yield Skipped(str(left), where)
-            except Wrong as wrong:
-                if self.on_bad != SKIP:
-                    raise DataError(
-                        f"{place}: {wrong.problem}",
-                        fix=f"{wrong.fix}, or leave such conversations out with on_bad={SKIP!r}",
-                    ) from wrong
-                yield Skipped(wrong.reason, where)
+            yield Pending(where, partial(self._record, record, where=where, unit=unit))
+
+    def _record(self, record: Mapping[str, Any], *, where: str, unit: Unit) -> Iterator[Found | Skipped]:
+        place = f"{unit.path} at {where}"
+        try:
+            yield self.conversation(record, where=where, place=place, folder=unit.path.parent)
+        except LeftOut as left:
+            yield Skipped(str(left), where)
+        except Wrong as wrong:
+            if self.on_bad != SKIP:
+                raise DataError(
+                    f"{place}: {wrong.problem}",
+                    fix=f"{wrong.fix}, or leave such conversations out with on_bad={SKIP!r}",
+                ) from wrong
+            yield Skipped(wrong.reason, where)
 
     @abstractmethod
     def parse(self, record: Mapping[str, Any], *, place: str) -> Draft:

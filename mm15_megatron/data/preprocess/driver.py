@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, Final, Protocol
 
 from mm15_megatron.data.build import DEFAULT_OPTIONS, BuildOptions, account, checked_images
-from mm15_megatron.data.formats.base import Format, Found, Record, Skipped, Unit
+from mm15_megatron.data.formats.base import Format, Found, Record, Skipped, Unit, opened_items
 from mm15_megatron.data.indexed.format import Manifest, with_suffix
 from mm15_megatron.data.indexed.reader import IndexedSource
 from mm15_megatron.data.indexed.writer import DatasetWriter
@@ -286,7 +286,7 @@ def process_unit(job: Job, number: int, unit: Unit) -> Account:
         writers = {
             ending: stack.enter_context(_writer(job, _part(job, number), ending, tokenizer)) for ending in job.outputs
         }
-        for found in job.format.read(unit):
+        for found in opened_items(job.format.read(unit)):
             tally.read += 1
             if isinstance(found, Skipped):
                 tally.leave_out(found.reason, found.where)

@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mm15_megatron.data.formats.base import Found, Skipped
+from mm15_megatron.data.formats.base import Found, Skipped, opened_items
 from mm15_megatron.data.formats.turns import ConversationReader
 from mm15_megatron.data.sft import Conversation
 from tests.data.images import photo
@@ -45,11 +45,11 @@ def write_images(folder: Path, *names: str) -> dict[str, bytes]:
 
 def read_all(reader: ConversationReader) -> list[Found | Skipped]:
     """Everything a reader gives, checked to be the same after pickling, in any order and at any size of units."""
-    whole = [item for unit in reader.units() for item in reader.read(unit)]
+    whole = [item for unit in reader.units() for item in opened_items(reader.read(unit))]
     for size in (1, 150, 1000):
         other = pickle.loads(pickle.dumps(replace(reader, unit_bytes=size)))
         units = other.units()
-        parts = {unit: list(other.read(unit)) for unit in reversed(units)}
+        parts = {unit: list(opened_items(other.read(unit))) for unit in reversed(units)}
         assert [item for unit in units for item in parts[unit]] == whole
     return whole
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mm15_megatron.data.formats.base import Format, Found, Skipped
+from mm15_megatron.data.formats.base import Format, Found, Skipped, opened_items
 
 
 def write_tar(path: Path, members: Sequence[tuple[str, bytes]]) -> Path:
@@ -47,7 +47,7 @@ def pdfa_page(*lines: str) -> dict[str, Any]:
 
 def read_all(reader: Format, *, backwards: bool = False) -> list[Found | Skipped]:
     units = list(reader.units())
-    found = [list(reader.read(unit)) for unit in (reversed(units) if backwards else units)]
+    found = [list(opened_items(reader.read(unit))) for unit in (reversed(units) if backwards else units)]
     return [record for unit in (reversed(found) if backwards else found) for record in unit]
 
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 from mm15_megatron.data.boxes import ORIENTATIONS, Point, read_written
-from mm15_megatron.data.formats.base import Found, Skipped
+from mm15_megatron.data.formats.base import Found, Skipped, opened_items
 from mm15_megatron.data.formats.grit import Grit
 from mm15_megatron.data.formats.masks import parse_mask
 from mm15_megatron.data.sft import Conversation
@@ -180,7 +180,8 @@ def test_boxes_surround_what_the_model_sees(
         size, box = shown.size, list(shown.getbbox() or ())
     size, box = (size[0] // smaller, size[1] // smaller), [side / smaller for side in box]
     path = write_lines(folder / "a.jsonl", [talk(ASK, "B", boxes=[[box]], size=size)])
-    (found,) = Grit((path,), frame=frame, point_share=0, scale=121).read(Grit((path,)).units()[0])
+    reader = Grit((path,), frame=frame, point_share=0, scale=121)
+    (found,) = opened_items(reader.read(reader.units()[0]))
     assert isinstance(found, Found)
     assert isinstance(found.record, Conversation)
     (numbers,) = read_written(found.record.turns[0].text)

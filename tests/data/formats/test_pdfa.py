@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mm15_megatron.data.formats.base import Found, Interleaved, Skipped
+from mm15_megatron.data.formats.base import Found, Interleaved, Skipped, opened_items
 from mm15_megatron.data.formats.ocr_pages import ImageEncoding, Paging
 from mm15_megatron.data.formats.pdfa import Pdfa, render_scale
 from mm15_megatron.errors import DataError
@@ -209,7 +209,7 @@ def test_a_cut_archive_is_an_error_behind_its_good_documents(archive: Path) -> N
     reader = Pdfa((archive,))
     found = []
     with pytest.raises(DataError, match="ends (inside|without end marker)"):
-        found += reader.read(reader.units()[0])
+        found += opened_items(reader.read(reader.units()[0]))
     archive.write_bytes(b"x" * 2048)
     with pytest.raises(DataError, match="not an uncompressed tar"):
         read_all(reader)
