@@ -12,7 +12,7 @@ from typing import Protocol
 
 import torch
 
-from mm15_megatron.data.image.pillow import Bytes, DecodeFailure, sniff
+from mm15_megatron.data.image.pillow import Bytes, DecodeFailure, check_container
 from mm15_megatron.errors import DataError
 
 
@@ -69,7 +69,7 @@ class ImageDecoder:
         return results
 
     def _check_header(self, data: Bytes, size: tuple[int, int]) -> None:
-        sniff(data)
+        check_container(data, max_pixels=self._max_pixels)
         height, width = self._codec.peek(data)
         if height < 1 or width < 1 or height * width > self._max_pixels:
             raise DecodeFailure(f"{height}x{width} pixels, the limit is {self._max_pixels}")
@@ -98,17 +98,22 @@ def build_decoder(name: str, *, max_pixels: int, threads: int = 1) -> ImageDecod
     """Build the decoder ``data.decoder`` asks for; the library is imported here and not before.
 
     Args:
-        name: dali | pil.
+        name: dali (on the CPU) | dali_gpu (on the process's CUDA device, where the pixels stay) | pil.
         max_pixels: see :class:`ImageDecoder`.
         threads: threads of the native decoder.
 
     Raises:
         DataError: for another name.
-        BackendError: if the library cannot be imported.
+        BackendError: if the library cannot be imported, or the device it needs is not there.
     """
-    modules = {"dali": "decode_dali", "pil": "decode_pil"}
-    if name not in modules:
-        raise DataError(f"unknown image decoder {name!r}", fix="set data.decoder to dali or pil")
-    module = importlib.import_module(f"mm15_megatron.data.image.{modules[name]}")
-    codec: ImageCodec = module.build_codec(threads=threads)
+    builders = {
+        "dali": ("decode_dali", "build_codec"),
+        "dali_gpu": ("decode_dali", "build_gpu_codec"),
+        "pil": ("decode_pil", "build_codec"),
+    }
+    if name not in builders:
+        raise DataError(f"unknown image decoder {name!r}", fix=f"set data.decoder to one of {', '.join(builders)}")
+    module, builder = builders[name]
+    found = importlib.import_module(f"mm15_megatron.data.image.{module}")
+    codec: ImageCodec = vars(found)[builder](threads=threads)
     return ImageDecoder(codec, max_pixels=max_pixels)

@@ -13,8 +13,9 @@ from typing import Final
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, TiffImagePlugin
 
+from mm15_megatron.data.image.containers import container_problem, png_lacks_rows
 from mm15_megatron.data.indexed.writer import EncodedImage
 from mm15_megatron.errors import DataError
 
@@ -35,6 +36,8 @@ _FAILURES: Final = (
 )  # fmt: skip
 _TRANSPOSED: Final = (5, 6, 7, 8)
 _ORIENTATION_TAG: Final = 0x0112
+_TILE_TAGS: Final = (322, 323)
+_LARGE_TILE: Final = 2**22  # pixels: writers use up to 1024 x 1024; a decoder allocates what the tags state
 
 
 class DecodeFailure(Exception):
@@ -59,6 +62,22 @@ def sniff(data: Bytes | bytes) -> str:
     raise DecodeFailure("no bytes" if not head else f"not an allowed image format (starts with {head[:8]!r})")
 
 
+def check_container(data: Bytes, *, max_pixels: int) -> str:
+    """Return what :func:`sniff` says, of an image whose container does not lie about its own structure.
+
+    Args:
+        data: encoded bytes.
+        max_pixels: the largest image that may be decoded.
+
+    Raises:
+        DecodeFailure: with the reason.
+    """
+    kind = sniff(data)
+    if problem := container_problem(kind, data.tobytes(), max_pixels=max_pixels):
+        raise DecodeFailure(f"header: {problem}")
+    return kind
+
+
 def peek(data: Bytes) -> tuple[int, int]:
     """Return (height, width) after EXIF orientation, from the header alone.
 
@@ -71,10 +90,13 @@ def peek(data: Bytes) -> tuple[int, int]:
         # Pillow decodes a whole PNG to look for EXIF behind the pixels: ask only when it stands before them.
         exif = image.getexif() if image.format != "PNG" or "exif" in image.info else {}
         turned = exif.get(_ORIENTATION_TAG) in _TRANSPOSED
+        tile = _tile_pixels(image)
     except _FAILURES as error:
         raise DecodeFailure(f"header: {error}") from error
     if image.mode == "F":
         raise DecodeFailure("floating-point pixels have no defined range")
+    if tile > max(_LARGE_TILE, width * height):
+        raise DecodeFailure(f"header: tiles of {tile} pixels in an image of {height}x{width}")
     return (width, height) if turned else (height, width)
 
 
@@ -85,7 +107,12 @@ def pixels_of(data: Bytes) -> npt.NDArray[np.uint8]:
         DecodeFailure: with the reason.
     """
     try:
-        return _rgb(_open(data))
+        image = _open(data)
+        image.load()
+        # Pillow takes a PNG stream that ends early for complete; the rows it lacks are zeros.
+        if image.format == "PNG" and _ends_in_zeros(image) and png_lacks_rows(data.tobytes()):
+            raise DecodeFailure("body: the pixels end before the last row")
+        return _rgb(image)
     except _FAILURES as error:
         raise DecodeFailure(f"body: {error}") from error
 
@@ -95,6 +122,20 @@ def _open(data: Bytes) -> Image.Image:
         # The pixel cap of ImageDecoder decides, before anything is decoded.
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         return Image.open(io.BytesIO(data.tobytes()), formats=_FORMATS)
+
+
+def _tile_pixels(image: Image.Image) -> int:
+    """Pixels of a tile of a TIFF, by its tags."""
+    if not isinstance(image, TiffImagePlugin.TiffImageFile):
+        return 0
+    width, height = (int(image.tag_v2.get(tag, 0)) for tag in _TILE_TAGS)
+    return width * height
+
+
+def _ends_in_zeros(image: Image.Image) -> bool:
+    """Whether one of the last two rows is zero throughout (in an interlaced picture they come from several passes)."""
+    rows = np.asarray(image.crop((0, max(0, image.height - 2), *image.size)))
+    return not rows.reshape(len(rows), -1).any(axis=1).all()
 
 
 def _rgb(image: Image.Image) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
@@ -119,7 +160,7 @@ def check_image(data: bytes, *, max_pixels: int, decode: bool = True) -> Encoded
     """
     blob = np.frombuffer(data, dtype=np.uint8)
     try:
-        sniff(blob)
+        check_container(blob, max_pixels=max_pixels)
         height, width = peek(blob)
         if height * width > max_pixels:
             raise DecodeFailure(f"{height}x{width} pixels, the limit is {max_pixels}")
