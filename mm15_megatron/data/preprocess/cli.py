@@ -20,9 +20,10 @@ from typing import Any, Final
 from mm15_megatron.data.build import BuildOptions
 from mm15_megatron.data.formats.base import Format
 from mm15_megatron.data.formats.image_store import ImageFolder, ImageSource, UrlStore
+from mm15_megatron.data.preprocess.deaths import Limits
 from mm15_megatron.data.preprocess.driver import Account, Job, manifests, run_job
-from mm15_megatron.data.preprocess.ranks import discover
-from mm15_megatron.errors import MM15Error
+from mm15_megatron.data.preprocess.ranks import Ranks, discover
+from mm15_megatron.errors import DataError, MM15Error
 from mm15_megatron.utils.progress import Progress
 
 EXIT_BAD_INPUT: Final = 2
@@ -54,9 +55,10 @@ def run_tool(description: str, readers: Mapping[str, type], argv: Sequence[str] 
             ),
             validation_share=given.validation_share,
         )
+        limits = Limits(given.document_timeout, given.max_lost)
         ranks = discover()
         with_progress = _Told(enabled=ranks.rank == 0)
-        whole = run_job(job, workers=given.workers, tell=with_progress, ranks=ranks)
+        whole = run_job(job, workers=workers_of(given.workers, ranks), tell=with_progress, ranks=ranks, limits=limits)
         with_progress.close()
     except MM15Error as error:
         sys.stderr.write(f"{type(error).__name__}: {error}\n")
@@ -105,12 +107,47 @@ def parser_of(description: str, readers: Mapping[str, type], *, shared: Adder | 
     return parser
 
 
+def cores() -> int:
+    """Return how many this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def workers_of(asked: int | None, ranks: Ranks) -> int:
+    """Return how many processes each rank reads with: what was asked for, else all cores of one rank or one of many.
+
+    Raises:
+        DataError: fewer than none.
+    """
+    if asked is not None and asked < 0:
+        raise DataError(f"{asked} workers", fix="ask for one or more, or for none with 0")
+    if asked is not None:
+        return asked
+    return cores() if ranks.size == 1 else 1
+
+
 def _add_shared(parser: argparse.ArgumentParser) -> None:
     shared = parser.add_argument_group("the dataset")
     shared.add_argument("--output", type=Path, required=True, help="path prefix of the dataset")
     shared.add_argument("--tokenizer", type=Path, required=True, help="tokenizer.json, or a SentencePiece .model")
-    cores = len(os.sched_getaffinity(0))
-    shared.add_argument("--workers", type=int, default=cores, help=f"processes of this rank, 0 = none [{cores}]")
+    shared.add_argument(
+        "--workers",
+        type=int,
+        help="processes of this rank that read; 0 = itself, which a document that kills its reader then ends"
+        f" [{cores()}, under MPI 1]",
+    )
+    shared.add_argument(
+        "--document-timeout",
+        type=float,
+        default=Limits.document_seconds,
+        help="seconds; a document that takes longer is tried once more, then left out and counted, as one that kills"
+        f" its reader; 0 = no limit [{Limits.document_seconds}]",
+    )
+    shared.add_argument(
+        "--max-lost",
+        type=int,
+        default=Limits.lost_documents,
+        help=f"such documents in one unit of the input before the job ends [{Limits.lost_documents}]",
+    )
     shared.add_argument(
         "--validation-share", type=float, default=0.0, help="documents, chosen by content, for OUTPUT-validation [0]"
     )

@@ -2,40 +2,42 @@
 
 Every unit becomes a small dataset of its own in ``<prefix>.parts``; a part counts once its account lies beside it, so a
 killed job goes on with the units that have none. When all are there, they are put together in the order of the units,
-and the folder goes.
+and the folder goes. ``workers.py`` says what becomes of documents that end or stall the process that reads them.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import logging
-import multiprocessing
-import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, Protocol
 
 from mm15_megatron.data.build import DEFAULT_OPTIONS, BuildOptions, account, checked_images
-from mm15_megatron.data.formats.base import Format, Found, Record, Skipped, Unit, opened_items
+from mm15_megatron.data.formats.base import Format, Found, Item, Record, Skipped, Unit, opened_items
 from mm15_megatron.data.indexed.format import Manifest, with_suffix
 from mm15_megatron.data.indexed.reader import IndexedSource
 from mm15_megatron.data.indexed.writer import DatasetWriter
+from mm15_megatron.data.preprocess.deaths import BETWEEN, Limits
 from mm15_megatron.data.preprocess.encode import encode_record
+from mm15_megatron.data.preprocess.json_files import write_json
 from mm15_megatron.data.preprocess.ranks import Alone, Ranks
 from mm15_megatron.data.preprocess.transcode import transcoded
+from mm15_megatron.data.preprocess.workers import Journal, run_units
 from mm15_megatron.data.tokenizer import Tokenizer
 from mm15_megatron.errors import DataError
 
 _LOGGER = logging.getLogger(__name__)
 BAD_IMAGE: Final = "bad image"
 VALIDATION: Final = "-validation"
+DEFAULT_LIMITS: Final = Limits()
 _EXAMPLES: Final = 3
 
 
@@ -135,21 +137,24 @@ Tell = Callable[[int, int, Account], None]
 """Takes units done, units in all, and the account so far."""
 
 
-def run_job(job: Job, *, workers: int, tell: Tell, ranks: Ranks | None = None) -> Account:
+def run_job(
+    job: Job, *, workers: int, tell: Tell, ranks: Ranks | None = None, limits: Limits = DEFAULT_LIMITS
+) -> Account:
     """Make the dataset of ``job``, or finish the one that an earlier run of the same job began.
 
     Args:
         job: what.
-        workers: processes of this rank; 0 = this one alone.
+        workers: processes of this rank that read; 0 = this one, which a document that kills its reader then ends.
         tell: called on rank 0 whenever a unit of that rank is done.
         ranks: the processes of an MPI job; None = this one.
+        limits: what is borne of documents that end or stall their reader.
 
     Returns:
         The account of the whole job, on every rank.
 
     Raises:
         DataError: the input is no such format, a document is malformed, the prefix is taken, the folder of parts
-            belongs to another job, or a worker died. Finished parts stay for the next run.
+            belongs to another job, or workers died too often. Finished parts stay for the next run.
     """
     ranks = ranks or Alone()
     tokenizer = Tokenizer(job.tokenizer)
@@ -157,7 +162,7 @@ def run_job(job: Job, *, workers: int, tell: Tell, ranks: Ranks | None = None) -
     first = ranks.rank == 0
     _together(ranks, lambda: _open_parts(job, units, tokenizer) if first else None)
     mine = list(range(len(units)))[ranks.rank :: ranks.size]
-    _together(ranks, lambda: _work(job, units, mine, workers=workers, tell=tell if first else _silent))
+    _together(ranks, lambda: _work(job, units, mine, workers=workers, tell=tell if first else _silent, limits=limits))
     whole = Account.sum([_read_account(job, number) or Account() for number in range(len(units))])
     ranks.gather(None)  # every rank has read the parts before the first one removes them
     _together(ranks, lambda: _finish(job, len(units), whole, tokenizer) if first else None)
@@ -208,16 +213,7 @@ def _open_parts(job: Job, units: Sequence[Unit], tokenizer: Tokenizer) -> None:
             )
         return
     job.parts.mkdir(parents=True, exist_ok=True)
-    _write_json(path, {"fingerprint": found, "units": len(units)})
-
-
-def _write_json(path: Path, content: Any) -> None:
-    temporary = path.with_name(f".{path.name}")
-    with temporary.open("w", encoding="utf-8") as stream:
-        stream.write(json.dumps(content) + "\n")
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(temporary, path)
+    write_json(path, {"fingerprint": found, "units": len(units)})
 
 
 def _part(job: Job, number: int) -> Path:
@@ -233,50 +229,27 @@ def _read_account(job: Job, number: int) -> Account | None:
 # --- The work
 
 
-def _work(job: Job, units: Sequence[Unit], mine: Sequence[int], *, workers: int, tell: Tell) -> None:
+def _work(
+    job: Job, units: Sequence[Unit], mine: Sequence[int], *, workers: int, tell: Tell, limits: Limits = DEFAULT_LIMITS
+) -> None:
     done = [one for number in mine if (one := _read_account(job, number)) is not None]
-    left = [number for number in mine if _read_account(job, number) is None]
+    left = [(number, units[number]) for number in mine if _read_account(job, number) is None]
     if done:
         tell(len(done), len(mine), Account.sum(done))
-    for one in _accounts(job, units, left, workers=workers):
+    for one in run_units(partial(process_unit, job), left, workers=workers, folder=job.parts, limits=limits):
         done.append(one)
         tell(len(done), len(mine), Account.sum(done))
 
 
-def _accounts(job: Job, units: Sequence[Unit], left: Sequence[int], *, workers: int) -> Iterator[Account]:
-    """Process the units ``left``; yield their accounts as they are finished."""
-    if workers == 0:
-        for number in left:
-            yield process_unit(job, number, units[number])
-        return
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(max_workers=min(workers, max(1, len(left))), mp_context=context) as pool:
-        waiting: dict[Future[Account], int] = {
-            pool.submit(process_unit, job, number, units[number]): number for number in left
-        }
-        try:
-            while waiting:
-                finished, _ = wait(waiting, return_when=FIRST_COMPLETED)
-                for future in sorted(finished, key=lambda one: waiting[one]):
-                    number = waiting.pop(future)
-                    yield _result(future, units[number])
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-
-
-def _result(future: Future[Account], unit: Unit) -> Account:
-    try:
-        return future.result()
-    except BrokenProcessPool as error:
-        raise DataError(
-            f"a worker died, perhaps while it read {unit.name}: {error}",
-            fix="look for it in the system's log (out of memory?); the same command goes on with the units left",
-        ) from error
-
-
-def process_unit(job: Job, number: int, unit: Unit) -> Account:
+def process_unit(job: Job, number: int, unit: Unit, journal: Journal, lost: Mapping[int, str]) -> Account:
     """Make the part of one unit.
+
+    Args:
+        job: what it belongs to.
+        number: of the unit.
+        unit: what is read.
+        journal: told of every document before it is touched.
+        lost: reasons of documents that are passed over, by their place in the unit.
 
     Raises:
         DataError: naming the unit or the document.
@@ -286,15 +259,29 @@ def process_unit(job: Job, number: int, unit: Unit) -> Account:
         writers = {
             ending: stack.enter_context(_writer(job, _part(job, number), ending, tokenizer)) for ending in job.outputs
         }
-        for found in opened_items(job.format.read(unit)):
+        for found in _documents(job.format.read(unit), journal, lost):
             tally.read += 1
             if isinstance(found, Skipped):
                 tally.leave_out(found.reason, found.where)
             else:
                 _write(job, found, writers, tokenizer, tally)
     whole = tally.account()
-    _write_json(with_suffix(_part(job, number), ".account.json"), asdict(whole))
+    write_json(with_suffix(_part(job, number), ".account.json"), asdict(whole))
     return whole
+
+
+def _documents(items: Iterator[Item], journal: Journal, lost: Mapping[int, str]) -> Iterator[Found | Skipped]:
+    """Go through what a reader gives; the journal stays at a document until the next one is asked for."""
+    for place in itertools.count():
+        journal.write(place, BETWEEN)
+        item = next(items, None)
+        if item is None:
+            return
+        journal.write(place, item.where)
+        if place in lost:
+            yield Skipped(lost[place], item.where)
+        else:
+            yield from opened_items((item,))
 
 
 class _Tally:

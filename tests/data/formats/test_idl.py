@@ -128,6 +128,11 @@ def test_a_broken_frame_costs_its_page_alone(tmp_path: Path) -> None:
     assert record.repaired == ("broken page",)
 
 
+def test_documents_are_named_before_they_are_opened(archive: Path) -> None:
+    reader = Idl((archive,))
+    assert [type(item) for item in reader.read(reader.units()[0])].count(Found) == 0
+
+
 def test_limits(archive: Path) -> None:
     records = read_all(Idl((archive,), max_page_pixels=1000, paging=Paging(max_pages=3)))
     assert [reason for _, reason in map(outcome, records[:4])] == [

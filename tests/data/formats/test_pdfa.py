@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mm15_megatron.data.formats.base import Found, Interleaved, Skipped, opened_items
+from mm15_megatron.data.formats.base import Found, Interleaved, Pending, Skipped, opened_items
 from mm15_megatron.data.formats.ocr_pages import ImageEncoding, Paging
 from mm15_megatron.data.formats.pdfa import Pdfa, render_scale
 from mm15_megatron.errors import DataError
@@ -192,6 +192,13 @@ def test_another_structure_is_an_error(tmp_path: Path, annotation: bytes, messag
     path = write_tar(tmp_path / "a.tar", [("a.json", annotation), ("a.pdf", make_pdf((0, 0, 1, 1)))])
     with pytest.raises(DataError, match=message):
         read_all(Pdfa((path,)))
+
+
+def test_documents_are_named_before_they_are_opened(archive: Path) -> None:
+    reader = Pdfa((archive,))
+    items = list(reader.read(reader.units()[0]))
+    assert any(isinstance(item, Pending) for item in items)
+    assert not any(isinstance(item, Found) for item in items)
 
 
 def test_a_file_over_the_limit_is_left_out(tmp_path: Path) -> None:

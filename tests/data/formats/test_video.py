@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from mm15_megatron.data.formats.base import Found, Interleaved, Skipped
+from mm15_megatron.data.formats.base import Found, Interleaved, Pending, Skipped
 from mm15_megatron.data.formats.video import Video
 from mm15_megatron.data.formats.video_frames import FrameSampling
 from mm15_megatron.data.sft import Conversation, Turn
@@ -119,6 +119,13 @@ def test_videos_that_cannot_be_used_are_left_out(tmp_path: Path, videos: Path) -
 def test_wrong_records_are_errors(tmp_path: Path, videos: Path, record: dict[str, Any], message: str) -> None:
     with pytest.raises(DataError, match=message):
         read_all(reader(tmp_path, videos, record))
+
+
+def test_videos_are_named_before_they_are_opened(tmp_path: Path, videos: Path) -> None:
+    made = reader(tmp_path, videos, talk("short.webm"), talk("none.mp4"))
+    items = [item for unit in made.units() for item in made.read(unit)]
+    assert [type(item) for item in items] == [Pending, Pending]
+    assert len({item.where for item in items}) == 2
 
 
 def test_wrong_conversations_can_be_left_out(tmp_path: Path, videos: Path) -> None:

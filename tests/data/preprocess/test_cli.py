@@ -10,7 +10,8 @@ import pytest
 
 from mm15_megatron.data.formats.base import Found, Skipped, Text, Unit
 from mm15_megatron.data.formats.image_store import ImageFolder, ImageSource
-from mm15_megatron.data.preprocess.cli import build, field_helps, parser_of, run_tool
+from mm15_megatron.data.preprocess.cli import build, cores, field_helps, parser_of, run_tool, workers_of
+from mm15_megatron.data.preprocess.ranks import Alone
 from mm15_megatron.data.tokenizer import train_character_tokenizer
 from mm15_megatron.errors import DataError
 
@@ -146,5 +147,18 @@ def test_a_tool_says_what_it_made_or_what_is_wrong(tmp_path: Path, capsys: pytes
     assert "unit 1/1 | 1 documents read, 1 kept" in said.err
     assert run_tool("a tool", {"words": Words}, words) == 2
     assert "already holds a dataset" in capsys.readouterr().err
-    assert run_tool("a tool", {"words": Words}, [*words, "--share", "0"]) == 2
-    assert "share is 0" in capsys.readouterr().err
+    for option, value, message in (
+        ("--share", "0", "share is 0"),
+        ("--document-timeout", "-1", "document_seconds is -1.0"),
+        ("--max-lost", "-1", "lost_documents is -1"),
+        ("--workers", "-1", "-1 workers"),
+    ):
+        assert run_tool("a tool", {"words": Words}, [*words, option, value]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_ranks_have_one_worker_each_unless_told() -> None:
+    assert workers_of(None, Alone()) == cores()
+    assert workers_of(None, Alone(rank=1, size=4)) == 1
+    assert workers_of(3, Alone(rank=1, size=4)) == 3
+    assert workers_of(0, Alone()) == 0

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -59,8 +58,6 @@ class Lines:
     def read(self, unit: Unit) -> Iterator[Found | Skipped]:
         time.sleep(self.seconds_a_unit)
         for where, line in json_lines(unit):
-            if line.get("die"):
-                os.kill(os.getpid(), signal.SIGKILL)
             text = line["text"]
             yield (
                 Found(Text(text), where, repaired=("a word",) * line.get("words", 0))
@@ -217,15 +214,6 @@ def test_a_malformed_line_is_an_error_and_loses_nothing(job: Job, workers: int) 
         run_job(job, workers=workers, tell=silent)
     assert list(job.parts.glob("[0-9]*.account.json"))
     assert not job.prefix.with_suffix(".json").exists()
-
-
-def test_a_dead_worker_is_an_error(job: Job) -> None:
-    text = job.format.path.read_text(encoding="utf-8")
-    job.format.path.write_text(
-        text.replace('{"text": "document 40', '{"die": 1, "text": "document 40'), encoding="utf-8"
-    )
-    with pytest.raises(DataError, match=r"a worker died, perhaps while it read .*in\.jsonl \["):
-        run_job(job, workers=2, tell=silent)
 
 
 def test_an_impossible_share_is_refused(job: Job) -> None:
