@@ -276,3 +276,8 @@ def encoded_pictures() -> dict[str, bytes]:
     icc = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     images = scenes()
     return _jpegs(images, icc) | _pngs(images, icc) | _others(images, icc)
+
+
+def upright_size(name: str) -> tuple[int, int]:
+    """(height, width) of an encoded picture as a viewer shows it."""
+    return {"jpeg exif": (WIDTH, HEIGHT), "jpeg large": (150, 200)}.get(name, (HEIGHT, WIDTH))

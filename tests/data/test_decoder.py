@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data import DataLoader, Dataset
 
 from mm15_megatron.config.schema import TilingConfig, VisionConfig
 from mm15_megatron.data.image.decoder import ImageDecoder, build_decoder
 from mm15_megatron.data.image.geometry import tile_plan
 from mm15_megatron.data.image.pillow import check_image
 from mm15_megatron.data.image.views import TileMaker
-from mm15_megatron.errors import DataError
+from mm15_megatron.errors import BackendError, DataError
 from tests.data.images import encode_image, photo
 
 # JPEG decoders may round differently by one level; both libraries use libjpeg-turbo here and agree exactly.
@@ -164,6 +165,38 @@ def test_mutated_images_never_crash(decoder: ImageDecoder) -> None:
 def test_floating_point_images_are_refused() -> None:
     with pytest.raises(DataError, match="floating-point"):
         check_image(saved(Image.fromarray(np.ones((4, 4), np.float32)), "TIFF"), max_pixels=MAX_PIXELS)
+
+
+class DecoderInWorker(Dataset[str]):
+    """Builds the GPU's decoder where a loader's worker would."""
+
+    def __getitem__(self, index: int) -> str:
+        build_decoder("dali_gpu", max_pixels=MAX_PIXELS)
+        return "built"
+
+
+def test_the_gpu_decoder_is_refused_in_a_worker_process() -> None:
+    """A worker's current device is the first one, whatever the rank."""
+    loader = DataLoader(DecoderInWorker(), sampler=[0], num_workers=1, multiprocessing_context="forkserver")
+    with pytest.raises(BackendError, match="data.decoder=dali_gpu in a worker process"):
+        next(iter(loader))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is present")
+def test_the_gpu_decoder_is_refused_without_a_gpu() -> None:
+    with pytest.raises(BackendError, match="data.decoder=dali_gpu, but DALI finds 0 CUDA devices") as refused:
+        build_decoder("dali_gpu", max_pixels=MAX_PIXELS)
+    assert "set data.decoder=dali" in refused.value.fix
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is present")
+def test_a_device_that_fails_is_no_bad_image() -> None:
+    """Else every image of the run would be replaced by the mean colour."""
+    from mm15_megatron.data.image.decode_dali import DaliCodec
+
+    decoder = ImageDecoder(DaliCodec(gpu=0), max_pixels=MAX_PIXELS)
+    with pytest.raises(BackendError, match="data.decoder=dali_gpu: cuda:0 failed while it decoded"):
+        decoder.decode([blob(photo(40, 60))], sizes=[(40, 60)])
 
 
 def test_unknown_decoder_and_threads() -> None:

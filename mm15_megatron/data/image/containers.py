@@ -52,6 +52,11 @@ def is_animated_png(data: bytes) -> bool:
     return b"acTL" in data[: pixels if pixels >= 0 else len(data)]
 
 
+def is_plain_webp(data: bytes) -> bool:
+    """Whether a WebP is one picture and nothing else: no frames, no alpha plane, no EXIF, no profile."""
+    return data[12:16] != b"VP8X"
+
+
 def png_lacks_rows(data: bytes) -> bool:
     """Whether the pixel stream of a PNG ends, properly or not, before all rows are there."""
     missing = _png_raw_bytes(data)

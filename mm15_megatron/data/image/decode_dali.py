@@ -3,7 +3,8 @@
 DALI decodes JPEG, PNG and WebP. What is rare goes to Pillow, the reference, because of what nvImageCodec does with
 broken files. Where its own decoder of TIFF or BMP gives up it falls back to OpenCV, which returns what it has (tiles
 that it could not read, rows that are not there) without an error, and allocates what a tag states (12 GB and 25 s for a
-TIFF of 14 kB that claims tiles of 65536 x 65536). Of a broken animated PNG it returns memory that was never written.
+TIFF of 14 kB that claims tiles of 65536 x 65536). Of a broken animated PNG it returns memory that was never written. Of
+WebP's extended files it refuses lossless ones with EXIF and forgets to turn animated ones.
 
 A process that has decoded with DALI must never fork; the loader's workers come from a forkserver.
 """
@@ -18,7 +19,7 @@ import torch
 from torch.utils.data import get_worker_info
 
 from mm15_megatron.data.image import pillow
-from mm15_megatron.data.image.containers import is_animated_png
+from mm15_megatron.data.image.containers import is_animated_png, is_plain_webp
 from mm15_megatron.data.image.pillow import Bytes, DecodeFailure
 from mm15_megatron.errors import BackendError
 
@@ -97,7 +98,7 @@ class DaliCodec:
             raise _broken(self._torch_device, error) from error
         try:
             torch.cuda.synchronize(self._torch_device)
-        except RuntimeError as lasting:
+        except (RuntimeError, AssertionError) as lasting:  # the latter from a torch without CUDA
             raise _broken(self._torch_device, lasting) from lasting
 
 
@@ -117,7 +118,9 @@ def resized(pixels_HWC: torch.Tensor, height: int, width: int) -> torch.Tensor:
 
 def _is_for_pillow(data: Bytes) -> bool:
     kind = pillow.sniff(data)
-    return kind in ("bmp", "tiff") or (kind == "png" and is_animated_png(data.tobytes()))
+    if kind == "png":
+        return is_animated_png(data.tobytes())
+    return not is_plain_webp(data[:16].tobytes()) if kind == "webp" else kind != "jpeg"
 
 
 def _first_line(error: BaseException) -> str:

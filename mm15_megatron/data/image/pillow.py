@@ -89,7 +89,8 @@ def peek(data: Bytes) -> tuple[int, int]:
         width, height = image.size
         # Pillow decodes a whole PNG to look for EXIF behind the pixels: ask only when it stands before them.
         exif = image.getexif() if image.format != "PNG" or "exif" in image.info else {}
-        turned = exif.get(_ORIENTATION_TAG) in _TRANSPOSED
+        # Of a TIFF Pillow states the upright size already.
+        turned = exif.get(_ORIENTATION_TAG) in _TRANSPOSED and image.format != "TIFF"
         tile = _tile_pixels(image)
     except _FAILURES as error:
         raise DecodeFailure(f"header: {error}") from error
