@@ -68,6 +68,8 @@ def _configuration(folder: Path, host: str) -> str:
         "MpiDefault=none",
         "SwitchType=switch/none",
         "SchedulerType=sched/backfill",
+        # a requeued job is looked at when its credential has expired, not up to a minute later
+        "SchedulerParameters=bf_interval=2,sched_interval=2",
         "SelectType=select/cons_tres",
         "SelectTypeParameters=CR_CPU",
         "ReturnToService=2",
