@@ -148,20 +148,6 @@ def test_a_bad_image_leaves_its_neighbours_bit_identical(decoder: ImageDecoder) 
     assert decoder.decode([], sizes=[]) == []
 
 
-def test_mutated_images_never_crash(decoder: ImageDecoder) -> None:
-    rng = np.random.default_rng(7)
-    originals = [data for name, data in legal_images().items() if "exif" not in name]
-    images = []
-    for number in range(120):
-        data = bytearray(originals[number % len(originals)])
-        for position in rng.integers(12, len(data), 6):
-            data[position] = rng.integers(256)
-        images.append(blob(bytes(data[: rng.integers(20, len(data) + 1)] if number % 2 else data)))
-    for at in range(0, len(images), 12):
-        for result in decoder.decode(images[at : at + 12], sizes=[(40, 60)] * 12):
-            assert (result.pixels_HWC is None) == bool(result.problem)
-
-
 def test_floating_point_images_are_refused() -> None:
     with pytest.raises(DataError, match="floating-point"):
         check_image(saved(Image.fromarray(np.ones((4, 4), np.float32)), "TIFF"), max_pixels=MAX_PIXELS)
