@@ -215,7 +215,8 @@ class _Worker:
         assert self.task is not None
         self._process.join()
         code = self._process.exitcode or 0
-        how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+        names = {one.value: one.name for one in signal.Signals}
+        how = names.get(-code, f"signal {-code}") if code < 0 else f"exit code {code}"
         how = "out of memory" if code == _NO_MEMORY else how
         self.pipe.close()
         if code < 0 and -code in _TOLD:
