@@ -21,7 +21,7 @@ import numpy.typing as npt
 from mm15_megatron.accounting.row_cost import row_cost
 from mm15_megatron.config.parse import apply_overrides
 from mm15_megatron.data.dealing import deal_evenly, deal_in_order
-from mm15_megatron.data.mixture import Mixture
+from mm15_megatron.data.mixture import Mixture, Weights
 from mm15_megatron.evaluation.report import library_versions, machine_facts, write_report
 from mm15_megatron.presets import resolve
 
@@ -53,7 +53,7 @@ class Figures:
 def draw_tiles(content: Mapping[str, Any], profile: Mapping[str, Any], *, rows: int, steps: int, seed: int) -> Int64:
     """Draw the tiles of every row of ``steps`` steps of ``rows`` rows, int64 [steps, rows]."""
     kinds = list(profile["rows"])
-    chosen = Mixture([profile["rows"][kind] for kind in kinds], seed=seed).choose(0, steps * rows)
+    chosen = Mixture([Weights(0, tuple(profile["rows"][kind] for kind in kinds))], seed=seed).choose(0, steps * rows)
     uniform = np.random.default_rng(seed).random(steps * rows)
     tiles = np.zeros(steps * rows, np.int64)
     for index, kind in enumerate(kinds):

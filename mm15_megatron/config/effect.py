@@ -199,6 +199,11 @@ TABLE: tuple[Row, ...] = (
         lambda s: s.data_parallel == 1,
     ),
     Row(
+        "data.shuffle_block data.shuffle_window",
+        "only data.shuffle = blocks has blocks",
+        lambda s: s.cfg.data.shuffle != "blocks",
+    ),
+    Row(
         "data.prefetch_factor",
         "no worker prepares ahead (data.num_workers = 0)",
         lambda s: s.cfg.data.num_workers == 0,

@@ -21,7 +21,6 @@ def divides(what: str, value: int, *, by: str, divisor: int, fix: str = "") -> N
 def not_trained(path: str, value: Any, *, fix: str) -> ConfigError:
     """Return the error of what may be printed and counted, but not trained by this version."""
     return ConfigError(
-        f"{path} = {value!r} can be printed and counted, not trained: this version trains with AdamW on batches of "
-        "rows, without tile indicators",
+        f"{path} = {value!r} can be printed and counted, not trained: this version trains with AdamW",
         fix=fix,
     )

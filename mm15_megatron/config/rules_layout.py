@@ -97,6 +97,8 @@ def _interleaving(config: RunConfig, world_size: int) -> None:
     if chunks == 1:
         path = "parallel.virtual_pipeline_model_parallel_size"
         raise ConfigError(f"{path} = 1 is a plain pipeline", fix=f"set {path}=null, or 2 and more")
+    if config.data.batch_unit == "samples":
+        return  # rows without samples fill the step up
     train = config.train
     rank_rows = train.micro_batch_size * data_parallel_size(config, world_size=world_size)
     sizes = [train.global_batch_size]
@@ -144,7 +146,7 @@ def _context_parallel(config: RunConfig, world_size: int) -> None:
 
 def _batch(config: RunConfig, world_size: int) -> None:
     train, data_parallel = config.train, data_parallel_size(config, world_size=world_size)
-    rows = train.micro_batch_size * data_parallel
+    rows = train.micro_batch_size * data_parallel if config.data.batch_unit == "rows" else 1
     by = f"train.micro_batch_size {train.micro_batch_size} x data-parallel size {data_parallel}"
     divides("train.global_batch_size", train.global_batch_size, by=by, divisor=rows, fix=f"use a multiple of {rows}")
     if train.rampup_batch_size is None:

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from mm15_megatron.config.coerce import coerce
-from mm15_megatron.config.rule import Rule, divides, not_trained
+from mm15_megatron.config.rule import Rule, divides
 from mm15_megatron.config.schema import RunConfig
 from mm15_megatron.config.tree import OPTIONS, flatten
 from mm15_megatron.errors import ConfigError
@@ -179,11 +179,6 @@ def _tile_budget(config: RunConfig, world_size: int) -> None:
         )
 
 
-def _no_tile_indicator(config: RunConfig, world_size: int) -> None:
-    if config.tiling.indicator != "none":
-        raise not_trained("tiling.indicator", config.tiling.indicator, fix="set tiling.indicator=none")
-
-
 MODEL_RULES: tuple[Rule, ...] = (
     _types_and_choices,
     _ranges,
@@ -195,4 +190,3 @@ MODEL_RULES: tuple[Rule, ...] = (
     _image_fits_row,
     _tile_budget,
 )
-NOT_TRAINED_INPUT: tuple[Rule, ...] = (_no_tile_indicator,)

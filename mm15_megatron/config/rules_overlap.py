@@ -36,7 +36,7 @@ def _overlapped_experts(config: RunConfig, world_size: int) -> None:
     micro_batches = train.global_batch_size // (
         train.micro_batch_size * data_parallel_size(config, world_size=world_size)
     )
-    if micro_batches == 1:
+    if micro_batches == 1 and config.data.batch_unit == "rows":
         raise ConfigError(
             f"{what} has no effect on a step of one micro-batch (train.global_batch_size = {train.global_batch_size}, "
             f"train.micro_batch_size = {train.micro_batch_size}): there is no other to compute meanwhile",

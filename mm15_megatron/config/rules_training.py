@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mm15_megatron.config.rule import Rule, not_trained
-from mm15_megatron.config.schema import RunConfig
+from mm15_megatron.config.schema import RunConfig, SourceConfig
 from mm15_megatron.errors import ConfigError
 
 
@@ -30,11 +30,7 @@ def _something_trains(config: RunConfig, world_size: int) -> None:
 def _sources(config: RunConfig, world_size: int) -> None:
     for path, sources in (("sources", config.data.sources), ("validation_sources", config.data.validation_sources)):
         for i, source in enumerate(sources):
-            if not source.prefix or source.weight <= 0:
-                raise ConfigError(
-                    f"data.{path}[{i}] has prefix {source.prefix!r} and weight {source.weight}",
-                    fix="give a path prefix and a weight above 0, or remove the source",
-                )
+            _source(f"data.{path}[{i}]", source, held_out=path == "validation_sources")
     if config.train.validation_interval and not config.data.validation_sources:
         raise ConfigError(
             f"train.validation_interval = {config.train.validation_interval} but there is no data.validation_sources",
@@ -42,14 +38,55 @@ def _sources(config: RunConfig, world_size: int) -> None:
         )
 
 
+def _source(where: str, source: SourceConfig, *, held_out: bool) -> None:
+    weights = [1.0 if source.weight is None else source.weight, *(change.weight for change in source.changes)]
+    if not source.prefix or min(weights) < 0 or max(weights) <= 0:
+        raise ConfigError(
+            f"{where} has prefix {source.prefix!r} and weight {weights[0] if len(weights) == 1 else weights}",
+            fix="give a path prefix and a weight above 0, or remove the source",
+        )
+    if source.epochs is not None and (source.weight is not None or source.changes or source.epochs <= 0):
+        raise ConfigError(
+            f"{where} has epochs {source.epochs} and weight {source.weight}, changes {len(source.changes)}",
+            fix="give a weight, or epochs above 0: the one follows from the other",
+        )
+    firsts = [change.first for change in source.changes]
+    if firsts and (firsts[0] < 1 or firsts != sorted(set(firsts))):
+        raise ConfigError(
+            f"{where} has changes from {firsts} on", fix="name each change once, ascending, after the start of the run"
+        )
+    if held_out and (source.changes or source.epochs is not None):
+        raise ConfigError(
+            f"{where} has changes or epochs: every validation reads the same first rows", fix="give a weight alone"
+        )
+
+
+def _data_units(config: RunConfig, world_size: int) -> None:
+    data = config.data
+    if data.batch_unit == "samples" and data.mixture_unit != "sample":
+        raise ConfigError(
+            f"data.batch_unit = samples packs the samples of a step, of all sources, and data.mixture_unit = "
+            f"{data.mixture_unit} wants rows of one source",
+            fix="set data.mixture_unit=sample, or data.batch_unit=rows",
+        )
+    if data.batch_unit == "samples" and config.kernels.cuda_graph_scope:
+        raise ConfigError(
+            "data.batch_unit = samples gives every step another number of micro-batches, and a captured graph replays "
+            "one number of them",
+            fix="set kernels.cuda_graph_scope=[], or data.batch_unit=rows",
+        )
+    together = data.shuffle_block * data.shuffle_window
+    if data.shuffle == "blocks" and not (data.shuffle_block > 0 < data.shuffle_window and together <= 2**20):
+        raise ConfigError(
+            f"data.shuffle_block = {data.shuffle_block} x data.shuffle_window = {data.shuffle_window} is not between 1 "
+            "and 2 ** 20 documents",
+            fix="use fewer blocks, or smaller ones: a window is packed together, in memory",
+        )
+
+
 def _no_adafactor(config: RunConfig, world_size: int) -> None:
     if config.optimizer.name == "adafactor":
         raise not_trained("optimizer.name", "adafactor", fix="set optimizer.name=adamw and its learning rate")
-
-
-def _no_batch_of_samples(config: RunConfig, world_size: int) -> None:
-    if config.data.batch_unit != "rows":
-        raise not_trained("data.batch_unit", config.data.batch_unit, fix="set data.batch_unit=rows")
 
 
 def _training_sources(config: RunConfig, world_size: int) -> None:
@@ -73,7 +110,7 @@ def _run_directory(config: RunConfig, world_size: int) -> None:
         raise ConfigError(f"train.run_dir = {config.train.run_dir!r} names no directory", fix="give train.run_dir=PATH")
 
 
-TRAINING_RULES: tuple[Rule, ...] = (_schedule, _something_trains, _sources)
-NOT_TRAINED_RECIPES: tuple[Rule, ...] = (_no_adafactor, _no_batch_of_samples)
+TRAINING_RULES: tuple[Rule, ...] = (_schedule, _something_trains, _sources, _data_units)
+NOT_TRAINED_RECIPES: tuple[Rule, ...] = (_no_adafactor,)
 LEFT_TO_THE_USER: tuple[Rule, ...] = (_training_sources, _tokenizer, _run_directory)
 """What no preset can know."""

@@ -153,11 +153,23 @@ class FreezeConfig:
 
 
 @dataclass(frozen=True)
+class WeightChange:
+    """A weight that holds from one row (or sample, as ``mixture_unit`` counts) of the run on."""
+
+    first: int = option(0, "number of the first row or sample of the run that it holds for")
+    weight: float = option(1.0, "the weight; 0 = the source rests")
+
+
+@dataclass(frozen=True)
 class SourceConfig:
     """One dataset of the mixture."""
 
     prefix: str = option("", "path prefix of the indexed dataset: <prefix>.json, <prefix>_tokens.bin, ...")
-    weight: float = option(1.0, "share of the mixture, normalised over the sources")
+    weight: float | None = option(
+        None, "share of what epochs leave, normalised over the sources with a weight; None = 1, unless epochs are given"
+    )
+    changes: tuple[WeightChange, ...] = option((), "later weights, a list of {first, weight}")
+    epochs: float | None = option(None, "how often the run sees each document, instead of a weight")
     name: str = option("", "name in logs and in the ledger; empty = the last part of the prefix")
 
 
@@ -167,7 +179,7 @@ class DataConfig:
 
     sources: tuple[SourceConfig, ...] = option(
         (),
-        "the training mixture, a list of {prefix, weight, name}; --list-presets shows the weights of the papers",
+        "the training mixture, a list of {prefix, weight or epochs, name}; --list-presets shows the papers' weights",
         flag="",
     )
     validation_sources: tuple[SourceConfig, ...] = option((), "held-out mixture; empty = no validation", flag="")
@@ -176,7 +188,10 @@ class DataConfig:
     max_images: int = option(16, "images of a row at most (MM1: 16)")
     max_tiles: int = option(160, "tiles of a row at most, a memory cap")
     mixture_unit: str = option(
-        "row", "row: each row comes from one source (MM1); sample: sources mix inside a row", choices=("row", "sample")
+        "row",
+        "what weights count: row = rows, each of one source (MM1); token = tokens, in rows of one source; sample = "
+        "samples, which mix inside a row",
+        choices=("row", "sample", "token"),
     )
     batch_unit: str = option(
         "rows",
@@ -185,9 +200,13 @@ class DataConfig:
     )
     shuffle: str = option(
         "full",
-        "order of an epoch's documents: full = keyed pseudo-random over all of them, none = as stored",
-        choices=("full", "none"),
+        "order of an epoch's documents: full = keyed pseudo-random over all of them; blocks = of blocks of neighbours, "
+        "mixed inside windows, for file systems that hate small reads; none = as stored",
+        choices=("full", "blocks", "none"),
     )
+    shuffle_block: int = option(1024, "documents of a block (shuffle: blocks)")
+    shuffle_window: int = option(64, "blocks of a window, which are also packed together (shuffle: blocks)")
+    plan_dir: str = option("", "folder of the tables that say which rows a dataset becomes; empty = <run_dir>/plan")
     row_dealing: str = option(
         "balanced",
         "which data-parallel rank takes which row of a step: balanced = so that tiles even out, round_robin = in turn",
@@ -363,10 +382,10 @@ class TrainConfig:
     """Length, batch and reproducibility of a run."""
 
     steps: int = option(200_000, "optimizer steps (MM1: 200k)", flag="train-iters")
-    global_batch_size: int = option(512, "rows of a step (MM1: 512)")
+    global_batch_size: int = option(512, "rows of a step, or samples (data.batch_unit) (MM1: 512)")
     micro_batch_size: int = option(1, "rows of one forward pass on one data-parallel rank")
     rampup_batch_size: tuple[int, int, int] | None = option(
-        None, "batch-size ramp: (start, increment, rows over which it ramps); None = no ramp"
+        None, "batch-size ramp: (start, increment, rows or samples over which it ramps); None = no ramp"
     )
     seed: int = option(1234, "seeds the initial weights and the data order")
     run_dir: str = option("runs/default", "checkpoints, logs and reports of the run")

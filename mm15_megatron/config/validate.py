@@ -12,7 +12,7 @@ from mm15_megatron.config.rules_layout import (
     feasible_first_stages,
     virtual_stages,
 )
-from mm15_megatron.config.rules_model import MODEL_RULES, NOT_TRAINED_INPUT, tiles_of_split_image
+from mm15_megatron.config.rules_model import MODEL_RULES, tiles_of_split_image
 from mm15_megatron.config.rules_overlap import OVERLAP_RULES
 from mm15_megatron.config.rules_precision import PRECISION_RULES
 from mm15_megatron.config.rules_training import LEFT_TO_THE_USER, NOT_TRAINED_RECIPES, TRAINING_RULES
@@ -32,7 +32,7 @@ __all__ = [
     "virtual_stages",
 ]
 
-NOT_TRAINED_YET: tuple[Rule, ...] = (*NOT_TRAINED_INPUT, *NOT_TRAINED_RECIPES)
+NOT_TRAINED_YET: tuple[Rule, ...] = NOT_TRAINED_RECIPES
 """What presets may describe but this version does not train; a rule goes when its part of the trainer exists."""
 
 RULES: tuple[Rule, ...] = (

@@ -1,29 +1,48 @@
-"""How many rows a step has, and which rank takes which: pure functions of the rows consumed so far."""
+"""What a step takes from the order, and which rank takes which of its rows: pure functions of what was consumed.
+
+A unit is a row, or with ``data.batch_unit = samples`` a sample; the samples of a step are packed into as many rows as
+they need, and rows without samples fill the step up.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from mm15_megatron.data.dealing import deal_evenly, deal_in_order
+from mm15_megatron.data.row_order import RowRange, RowTask
 from mm15_megatron.errors import ConfigError
+
+
+def units_of_step(consumed: int, *, global_batch_size: int, rampup: tuple[int, int, int] | None) -> int:
+    """Return the units of the step that starts after ``consumed`` units.
+
+    Args:
+        consumed: units consumed so far.
+        global_batch_size: units of a step after the ramp.
+        rampup: (start, increment, units): the batch grows from ``start`` by ``increment`` in equal shares of ``units``.
+    """
+    if rampup is None or consumed >= rampup[2]:
+        return global_batch_size
+    start, increment, units = rampup
+    increments = (global_batch_size - start) // increment
+    return start + consumed * increments // units * increment
 
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """The dealing of rows to ranks.
-
-    A step takes the next ``rows_of_step(consumed)`` rows, whatever the number of ranks; :mod:`.dealing` says which of
-    them each rank takes.
+    """The dealing of the rows of a step to ranks; :mod:`.dealing` says which of them each rank takes.
 
     Attributes:
-        global_batch_size: rows of a step.
+        global_batch_size: units of a step.
         micro_batch_size: rows of one forward pass on one rank.
         data_size: data-parallel ranks.
-        rampup: (start, increment, rows): the batch grows from ``start`` by ``increment`` in equal shares of ``rows``.
+        rampup: see :func:`units_of_step`.
         row_dealing: balanced | round_robin.
+        batch_unit: rows | samples.
+        micro_batch_multiple: the micro-batches of a rank in a step are a multiple of this.
 
     Raises:
         ConfigError: if a batch size that occurs cannot be split over ranks and micro-batches.
@@ -34,51 +53,58 @@ class BatchPlan:
     data_size: int
     rampup: tuple[int, int, int] | None = None
     row_dealing: str = "balanced"
+    batch_unit: str = "rows"
+    micro_batch_multiple: int = 1
 
     def __post_init__(self) -> None:
         """Check that every batch size of the run can be split."""
         sizes = [self.global_batch_size]
         if self.rampup:
-            start, increment, rows = self.rampup
+            start, increment, units = self.rampup
             growth = self.global_batch_size - start
-            if start < 1 or increment < 1 or rows < 1 or growth < 0 or growth % increment:
+            if start < 1 or increment < 1 or units < 1 or growth < 0 or growth % increment:
                 raise ConfigError(
                     f"train.rampup_batch_size {self.rampup} does not reach global_batch_size {self.global_batch_size}",
                     fix="choose start and increment so that start + k * increment is the global batch size",
                 )
             sizes = [*range(start, self.global_batch_size, increment), self.global_batch_size]
-        unit = self.micro_batch_size * self.data_size
+        unit = self._rows_together if self.batch_unit == "rows" else 1
         uneven = [size for size in sizes if unit < 1 or size < 1 or size % unit]
         if uneven:
             raise ConfigError(
-                f"batches of {uneven} rows cannot be split over {self.data_size} data-parallel ranks x "
-                f"micro-batches of {self.micro_batch_size} rows",
+                f"batches of {uneven} {self.batch_unit} cannot be split over {self.data_size} data-parallel ranks x "
+                f"micro-batches of {self.micro_batch_size} rows"
+                + (f" in multiples of {self.micro_batch_multiple}" if self.micro_batch_multiple > 1 else ""),
                 fix=f"use multiples of {unit} for train.global_batch_size and train.rampup_batch_size",
             )
 
-    def rows_of_step(self, consumed: int) -> int:
-        """Return the rows of the step that starts after ``consumed`` rows."""
-        if self.rampup is None or consumed >= self.rampup[2]:
-            return self.global_batch_size
-        start, increment, rows = self.rampup
-        increments = (self.global_batch_size - start) // increment
-        return start + consumed * increments // rows * increment
+    @property
+    def _rows_together(self) -> int:
+        """The rows of a step are a multiple of this."""
+        return self.micro_batch_size * self.data_size * self.micro_batch_multiple
 
-    def micro_batches_per_step(self, consumed: int) -> int:
-        """Return the micro-batches each rank runs in the step that starts after ``consumed`` rows."""
-        return self.rows_of_step(consumed) // (self.micro_batch_size * self.data_size)
+    def units_of_step(self, consumed: int) -> int:
+        """Return the units of the step that starts after ``consumed`` units."""
+        return units_of_step(consumed, global_batch_size=self.global_batch_size, rampup=self.rampup)
 
-    def micro_batches(
-        self, consumed: int, data_rank: int, *, tiles_R: npt.NDArray[np.int64]
-    ) -> tuple[tuple[int, ...], ...]:
-        """Return the row indices of each micro-batch of one rank, for the step that starts after ``consumed`` rows.
+    def filled_up(self, rows: RowRange) -> RowRange:
+        """Add rows without samples until the step can be split."""
+        missing = -len(rows.tasks) % self._rows_together
+        if not missing:
+            return rows
+        after = rows.tasks[-1].row + 1
+        empty = tuple(RowTask(after + i, ()) for i in range(missing))
+        return RowRange((*rows.tasks, *empty), np.concatenate((rows.tiles_R, np.zeros(missing, np.int64))))
+
+    def micro_batches(self, data_rank: int, rows: RowRange) -> tuple[tuple[RowTask, ...], ...]:
+        """Return the rows of each micro-batch of one rank.
 
         Args:
-            consumed: rows consumed so far.
             data_rank: the rank.
-            tiles_R: int64 [R], tiles of each row of the step.
+            rows: those of the step, filled up.
         """
         shape = {"data_size": self.data_size, "micro_batch_size": self.micro_batch_size}
         balanced = self.row_dealing == "balanced"
-        dealt_DKM = deal_evenly(tiles_R, **shape) if balanced else deal_in_order(len(tiles_R), **shape)
-        return tuple(tuple(rows) for rows in (consumed + dealt_DKM[data_rank]).tolist())
+        dealt_DKM = deal_evenly(rows.tiles_R, **shape) if balanced else deal_in_order(len(rows.tasks), **shape)
+        dealt: Sequence[Sequence[int]] = dealt_DKM[data_rank].tolist()
+        return tuple(tuple(rows.tasks[row] for row in batch) for batch in dealt)

@@ -14,7 +14,8 @@ from mm15_megatron.data.image.decoder import Decoded, ImageDecoder, build_decode
 from mm15_megatron.data.image.pillow import Bytes
 from mm15_megatron.data.image.views import TileMaker
 from mm15_megatron.data.indexed.reader import IndexedSource
-from mm15_megatron.data.packing import Layout, PackingRules, PlacedImage, lay_out
+from mm15_megatron.data.packing import PackingRules
+from mm15_megatron.data.row_layout import Layout, PlacedImage, lay_out
 from mm15_megatron.data.row_order import RowTask
 from mm15_megatron.data.samples import ImageRef, Sample, read_sample
 from mm15_megatron.errors import DataError
@@ -189,7 +190,7 @@ class Assembler:
         return replace(batch, step_counts=self._count(task.step_rows)) if task.step_rows else batch
 
     def _read(self, task: RowTask) -> list[Sample]:
-        return [read_sample(self._readers[s], document, source_index=s) for s, document in task.samples]
+        return [read_sample(self._readers[ref.source], ref) for ref in task.samples]
 
     def _count(self, tasks: Sequence[RowTask]) -> StepCounts:
         """Lay out the rank's rows of a step, one by one and without their images, and count."""

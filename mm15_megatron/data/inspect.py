@@ -143,13 +143,15 @@ def _check(task: _Task) -> Integrity:
 def _problems(source: IndexedSource, document: int, task: _Task) -> Iterator[tuple[str, str]]:
     tokens, sentinel = source.tokens(document), source.manifest.image_sentinel_id
     first, stop = int(source.image_index[document]), int(source.image_index[document + 1])
-    sentinels = int(np.count_nonzero(tokens == sentinel))
+    places = np.flatnonzero(tokens == sentinel)
     if tokens.size == 0:
         yield "no token", ""
     if tokens.size and int(tokens.min()) < 0:
         yield "a negative token id", str(int(tokens.min()))
-    if sentinels != stop - first:
-        yield "placeholders and images differ in number", f"{sentinels} and {stop - first}"
+    if len(places) != stop - first:
+        yield "placeholders and images differ in number", f"{len(places)} and {stop - first}"
+    elif (places != source.image_positions[first:stop]).any():
+        yield "placeholders stand elsewhere than was stored", f"{places.tolist()}"
     mask = source.loss_mask(document)
     if len(mask) != len(tokens):
         yield "tokens and loss mask differ in length", f"{len(tokens)} and {len(mask)}"

@@ -6,8 +6,10 @@ import logging
 import multiprocessing
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections import OrderedDict
+from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import chain
 from multiprocessing import resource_tracker
 from types import TracebackType
@@ -17,19 +19,17 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from mm15_megatron.batch import MMBatch, RankView
-from mm15_megatron.config.schema import RunConfig, SourceConfig
+from mm15_megatron.config.schema import RunConfig
 from mm15_megatron.data.batch_plan import BatchPlan
 from mm15_megatron.data.collate import Assembler, ImageSettings, MicroBatchTask
-from mm15_megatron.data.indexed.reader import IndexedSource
-from mm15_megatron.data.packing import PackingRules
-from mm15_megatron.data.permutation import derive_key
-from mm15_megatron.data.row_order import PackingReport, RowOrder
-from mm15_megatron.data.tokenizer import Tokenizer
-from mm15_megatron.errors import ConfigError, DataError
+from mm15_megatron.data.open_order import open_order
+from mm15_megatron.data.row_order import RowOrder, RowRange
+from mm15_megatron.data.source_order import PackingReport
+from mm15_megatron.errors import DataError
 
 _LOGGER = logging.getLogger(__name__)
 _START_METHOD: Final = "forkserver"
-USABLE_KINDS: Final = ("captions", "conversations")  # text and interleaved need long documents to be split first
+_STEPS_KEPT: Final = 8
 
 
 class _MicroBatches(Dataset[MMBatch]):
@@ -42,27 +42,56 @@ class _MicroBatches(Dataset[MMBatch]):
         return self._assembler(task)
 
 
+class _Steps:
+    """The rows of each step; asked by the training loop, and by the stream of tasks, which runs ahead of it."""
+
+    def __init__(self, order: RowOrder, plan: BatchPlan) -> None:
+        self._order = order
+        self._plan = plan
+        self._kept: OrderedDict[int, RowRange] = OrderedDict()
+
+    def at(self, consumed: int) -> RowRange:
+        """Return the rows of the step that starts after ``consumed`` units, filled up."""
+        if consumed not in self._kept:
+            rows = self._order.step(consumed, self._plan.units_of_step(consumed))
+            self._kept[consumed] = self._plan.filled_up(rows)
+            while len(self._kept) > _STEPS_KEPT:
+                self._kept.popitem(last=False)
+        return self._kept[consumed]
+
+
 class _TaskStream:
     """The endless sequence of one rank's micro-batches, as row contents. It runs in the training process alone."""
 
-    def __init__(
-        self, order: RowOrder, plan: BatchPlan, *, data_rank: int, consumed_rows: int, counts_steps: bool
-    ) -> None:
-        self._order = order
+    def __init__(self, steps: _Steps, plan: BatchPlan, *, data_rank: int, consumed: int, counts_steps: bool) -> None:
+        self._steps = steps
         self._counts_steps = counts_steps
         self._plan = plan
         self._data_rank = data_rank
-        self._consumed_rows = consumed_rows
+        self._consumed = consumed
 
     def __iter__(self) -> Iterator[MicroBatchTask]:
-        consumed = self._consumed_rows
+        consumed = self._consumed
         while True:
-            stop = consumed + self._plan.rows_of_step(consumed)
-            dealt = self._plan.micro_batches(consumed, self._data_rank, tiles_R=self._order.tiles(consumed, stop))
-            tasks = [tuple(self._order.row(row) for row in rows) for rows in dealt]
+            tasks = self._plan.micro_batches(self._data_rank, self._steps.at(consumed))
             yield MicroBatchTask(tasks[0], step_rows=tuple(chain.from_iterable(tasks)) if self._counts_steps else ())
             yield from map(MicroBatchTask, tasks[1:])
-            consumed = stop
+            consumed += self._plan.units_of_step(consumed)
+
+
+@dataclass(frozen=True)
+class StepShape:
+    """What a step consists of.
+
+    Attributes:
+        units: rows or samples (``data.batch_unit``) that it consumes.
+        rows: its rows, those without samples included.
+        micro_batches: micro-batches of each rank.
+    """
+
+    units: int
+    rows: int
+    micro_batches: int
 
 
 def _same(batch: Any) -> Any:
@@ -102,7 +131,7 @@ class Loader:
         order: the content of each row.
         plan: rows of a step, and who takes which.
         view: the rank that is fed.
-        consumed_rows: rows consumed before this loader starts (a whole number of steps).
+        consumed: units consumed before this loader starts (a whole number of steps).
         num_workers: worker processes; 0 = work in this process. It never changes what comes out.
         prefetch_factor: micro-batches each worker prepares ahead, a bound on memory.
         counts_steps: the first micro-batch of each step carries ``step_counts``, which only routers need: the rank's
@@ -110,6 +139,7 @@ class Loader:
 
     Attributes:
         plan: the plan.
+        order: as given.
         digest: SHA-256 of everything that decides which row comes when.
         wait_seconds: time spent waiting for micro-batches.
         substituted: images replaced by the mean colour.
@@ -122,7 +152,7 @@ class Loader:
         plan: BatchPlan,
         *,
         view: RankView,
-        consumed_rows: int,
+        consumed: int,
         num_workers: int,
         prefetch_factor: int,
         counts_steps: bool = True,
@@ -131,13 +161,12 @@ class Loader:
         self.digest = order.digest
         self.wait_seconds = 0.0
         self.substituted = 0
-        self._order = order
+        self.order = order
         # One rank of the run tells what packing left out, once for each epoch of a source.
-        self._tells = view.reads_images and view.data_rank == view.tensor_rank == 0
+        self._tells = is_first_reader(view)
         self._told = [0] * len(order.reports)
-        stream = _TaskStream(
-            order, plan, data_rank=view.data_rank, consumed_rows=consumed_rows, counts_steps=counts_steps
-        )
+        self._steps = _Steps(order, plan)
+        stream = _TaskStream(self._steps, plan, data_rank=view.data_rank, consumed=consumed, counts_steps=counts_steps)
         before = set(multiprocessing.active_children())
         loader = DataLoader(
             _MicroBatches(assembler),
@@ -187,22 +216,24 @@ class Loader:
 
     def _tell_losses(self) -> None:
         for source, report in enumerate(self.reports):
-            if report.epochs > self._told[source] and (report.dropped or report.truncated):
+            if report.epochs > self._told[source] and report.loses:
                 _LOGGER.warning("%s", report)
             self._told[source] = report.epochs
 
     @property
     def reports(self) -> tuple[PackingReport, ...]:
         """What packing kept, truncated and dropped so far, one report a source; packing runs ahead of the batches."""
-        return self._order.reports
+        return self.order.reports
 
     def rows_before_repeat(self, limit: int) -> int:
         """Return how many rows of the order show no document twice, at most ``limit`` (work grows with it)."""
-        return self._order.rows_before_repeat(limit)
+        return self.order.rows_before_repeat(limit)
 
-    def micro_batches_per_step(self, consumed_rows: int) -> int:
-        """Return the micro-batches of the step that starts after ``consumed_rows`` rows."""
-        return self.plan.micro_batches_per_step(consumed_rows)
+    def step(self, consumed: int) -> StepShape:
+        """Return the shape of the step that starts after ``consumed`` units."""
+        rows = len(self._steps.at(consumed).tasks)
+        per_round = self.plan.micro_batch_size * self.plan.data_size
+        return StepShape(self.plan.units_of_step(consumed), rows, rows // per_round)
 
     def close(self) -> None:
         """End the workers; closing twice is fine."""
@@ -235,70 +266,44 @@ class Loader:
         self.close()
 
 
-def build_loader(cfg: RunConfig, *, view: RankView, consumed_rows: int = 0, validation: bool = False) -> Loader:
+def build_loader(cfg: RunConfig, *, view: RankView, consumed: int = 0, validation: bool = False) -> Loader:
     """Open the sources of a run and build the loader of one rank.
 
     Args:
         cfg: the run.
         view: the rank that is fed.
-        consumed_rows: rows of the training order consumed so far; a resumed run starts at the next one.
+        consumed: rows or samples (``data.batch_unit``) consumed so far; a resumed run starts at the next one.
         validation: read ``data.validation_sources``, with a constant batch size.
 
     Raises:
-        ConfigError: if there is no source, or a batch size cannot be split.
+        ConfigError: if there is no source, a batch size cannot be split, or the epochs of the sources do not fit the
+            length of the run.
         DataError: if a tokenizer or a dataset is missing, damaged, or does not belong to the run.
     """
-    sources = cfg.data.validation_sources if validation else cfg.data.sources
-    if not sources:
-        field = "data.validation_sources" if validation else "data.sources"
-        raise ConfigError(f"{field} is empty", fix="name at least one dataset prefix")
-    tokenizer = Tokenizer(cfg.data.tokenizer)
-    tokenizer.check_fits(cfg.language.vocab_size)
-    readers = open_sources(sources, tokenizer=tokenizer)
-    rules = PackingRules.from_config(cfg, image_sentinel_id=tokenizer.image_id)
-    order = RowOrder(
-        readers,
-        [source.weight for source in sources],
-        rules,
-        seed=derive_key(cfg.train.seed, "validation" if validation else "training"),
-        unit=cfg.data.mixture_unit,
-        shuffle=cfg.data.shuffle == "full",
-    )
+    opened = open_order(cfg, validation=validation, writes=is_first_reader(view))
+    interleaves = cfg.parallel.virtual_pipeline_model_parallel_size is not None
     plan = BatchPlan(
         global_batch_size=cfg.train.global_batch_size,
         micro_batch_size=cfg.train.micro_batch_size,
         data_size=view.data_size,
         rampup=None if validation else cfg.train.rampup_batch_size,
         row_dealing=cfg.data.row_dealing,
+        batch_unit=cfg.data.batch_unit,
+        # the interleaved schedule takes whole rounds; batches of rows were checked by the rules of the configuration
+        micro_batch_multiple=cfg.parallel.pipeline_model_parallel_size if interleaves else 1,
     )
     return Loader(
-        Assembler(readers, rules, view=view, settings=ImageSettings.from_config(cfg)),
-        order,
+        Assembler(opened.readers, opened.rules, view=view, settings=ImageSettings.from_config(cfg)),
+        opened.order,
         plan,
         view=view,
-        consumed_rows=consumed_rows,
+        consumed=consumed,
         num_workers=cfg.data.num_workers if view.reads_images else 0,
         prefetch_factor=cfg.data.prefetch_factor,
         counts_steps=cfg.moe.num_moe_experts > 0 and not validation,
     )
 
 
-def open_sources(sources: Sequence[SourceConfig], *, tokenizer: Tokenizer) -> list[IndexedSource]:
-    """Open every source of a mixture and check it against the tokenizer.
-
-    Raises:
-        DataError: if one is missing or damaged, was built with another tokenizer, is of a kind that is not in
-            ``USABLE_KINDS``, or two have one name.
-    """
-    readers = [IndexedSource(s.prefix, name=s.name, tokenizer_digest=tokenizer.digest) for s in sources]
-    for reader in readers:
-        if reader.kind not in USABLE_KINDS:
-            raise DataError(
-                f"source {reader.name!r} is of kind {reader.kind!r}: splitting of long documents is not there yet",
-                fix="use sources of kind " + " or ".join(USABLE_KINDS),
-            )
-    names = [reader.name for reader in readers]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise DataError(f"several sources are called {', '.join(twice)}", fix="give each source its own name")
-    return readers
+def is_first_reader(view: RankView) -> bool:
+    """Tell whether a rank is the one of the run that speaks of the data, and writes its tables."""
+    return view.reads_images and view.data_rank == view.tensor_rank == 0

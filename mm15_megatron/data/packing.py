@@ -1,9 +1,6 @@
-"""The owner of rows: which samples share a row, and every tensor that describes one.
+"""Which samples share a row: the rules, and a best fit under every cap at once.
 
-Placeholders are expanded here: an image owns ``slots_per_tile`` positions a tile before the model sees the row. See
-:mod:`mm15_megatron.batch` for the meaning of every tensor and a worked example.
-
-Legend: R rows, S tokens of a row, T = R * S, G segment bounds, N tiles, P slots of a tile, L tokens of a sample.
+Legend: N samples, C = 4 caps of a row (tokens, images, tiles, samples).
 """
 
 from __future__ import annotations
@@ -14,19 +11,22 @@ from typing import Final
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
-from mm15_megatron.batch import RowRecord
 from mm15_megatron.config.schema import RunConfig, TilingConfig
-from mm15_megatron.data.image.geometry import TilePlan, tile_counts, tile_plan
-from mm15_megatron.data.indexed.reader import IndexedSource
-from mm15_megatron.data.samples import ImageRef, Sample
-from mm15_megatron.errors import DataError
+from mm15_megatron.data.image.geometry import TilePlan, tile_plan
+from mm15_megatron.data.samples import ImageRef
+from mm15_megatron.data.tile_text import TileTexts
 
 Int64 = npt.NDArray[np.int64]
 
-PACKING_VERSION: Final = 1  # part of the order's digest: raise it whenever the same documents would give other rows
+PACKING_VERSION: Final = 2  # part of the order's digest: raise it whenever the same documents would give other rows
 MAX_SAMPLES_PER_ROW: Final = 256  # bounds the segments of a row, so that the bounds tensor has a constant length
+_NO_TEXTS: Final = TileTexts()
+_BATCHES: Final = 256  # of samples that are placed at once: more fill rows no better, and take longer
+_ALSO_BINDS: Final = 0.8  # a cap that needs this share of the rows that the tightest one needs binds too
+_MANY_SAMPLES: Final = 8  # samples of a row on average from which on they are small
+_SHARE: Final = 1 << 20  # a full cap, in whole numbers
+_TRIES: Final = 8  # rows a sample is tried in before it opens one: more than one matters when two caps are near
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,7 @@ class PackingRules:
         max_images: images of a row at most.
         max_tiles: tiles of a row at most.
         image_sentinel_id: id that stands where an image stands.
+        tile_texts: position indicators.
         normalisation: weight of a target: token | sample | sqrt (``train.loss_normalisation``).
     """
 
@@ -51,10 +52,11 @@ class PackingRules:
     max_images: int
     max_tiles: int
     image_sentinel_id: int
+    tile_texts: TileTexts = _NO_TEXTS
     normalisation: str = "token"
 
     @classmethod
-    def from_config(cls, cfg: RunConfig, *, image_sentinel_id: int) -> PackingRules:
+    def from_config(cls, cfg: RunConfig, *, image_sentinel_id: int, tile_texts: TileTexts = _NO_TEXTS) -> PackingRules:
         """Collect the rules of a run."""
         return cls(
             seq_length=cfg.data.seq_length,
@@ -64,6 +66,7 @@ class PackingRules:
             max_images=cfg.data.max_images,
             max_tiles=cfg.data.max_tiles,
             image_sentinel_id=image_sentinel_id,
+            tile_texts=tile_texts,
             normalisation=cfg.train.loss_normalisation,
         )
 
@@ -72,286 +75,212 @@ class PackingRules:
         """Samples of a row at most."""
         return min(self.seq_length, MAX_SAMPLES_PER_ROW)
 
+    @property
+    def caps_C(self) -> Int64:
+        """What a row holds at most: tokens, images, tiles, samples."""
+        return np.array([self.seq_length, self.max_images, self.max_tiles, self.max_samples], dtype=np.int64)
+
     def num_bounds(self, rows: int) -> int:
         """G, the constant length of ``segment_bounds_G``: every sample and the pads of each row, and the leading 0."""
         return rows * (self.max_samples + 1) + 1
 
-    def plans(self, images: Sequence[ImageRef]) -> tuple[TilePlan, ...]:
-        """Return the tile plan of each image of one sample."""
+    def plans(self, images: Sequence[ImageRef], *, images_in_sample: int) -> tuple[TilePlan, ...]:
+        """Return the tile plan of each image."""
         return tuple(
-            tile_plan(i.height, i.width, tile_size=self.tile_size, tiling=self.tiling, images_in_sample=len(images))
+            tile_plan(
+                i.height, i.width, tile_size=self.tile_size, tiling=self.tiling, images_in_sample=images_in_sample
+            )
             for i in images
         )
 
 
-# --- Which documents share a row
-
-
 @dataclass(frozen=True)
-class Measured:
-    """What packing needs to know of n documents, each int64 [n]: tokens in the row, images, tiles."""
+class Sizes:
+    """What packing needs to know of N samples, each int64 [N]: tokens in the row, images, tiles."""
 
-    lengths: Int64
+    tokens: Int64
     images: Int64
     tiles: Int64
 
+    def __len__(self) -> int:
+        """Samples."""
+        return len(self.tokens)
 
-@dataclass(frozen=True)
-class Selected:
-    """The documents of a chunk that can be packed.
+    @property
+    def matrix_NC(self) -> Int64:
+        """All sizes in the order of ``PackingRules.caps_C``, int64 [N, 4]."""
+        return np.stack((self.tokens, self.images, self.tiles, np.ones(len(self), np.int64)), axis=1)
 
-    Attributes:
-        kept: int64, positions (in the order given) of the documents that fit a row.
-        measured: their sizes, after truncation.
-        dropped: documents left out, by reason.
-        truncated: documents whose text was cut at the end.
-        truncated_tokens: tokens cut.
-    """
+    def of(self, chosen: npt.NDArray[np.integer] | npt.NDArray[np.bool_]) -> Sizes:
+        """Return the sizes of some of the samples."""
+        return Sizes(self.tokens[chosen], self.images[chosen], self.tiles[chosen])
 
-    kept: Int64
-    measured: Measured
-    dropped: dict[str, int]
-    truncated: int
-    truncated_tokens: int
-
-
-def measure(source: IndexedSource, documents: Int64, rules: PackingRules) -> Measured:
-    """Measure documents by the index alone: no token and no image is read."""
-    first, stop = source.image_index[documents], source.image_index[documents + 1]
-    images = stop - first
-    owner = np.repeat(np.arange(len(documents)), images)
-    within = np.arange(int(images.sum())) - np.repeat(np.cumsum(images) - images, images)
-    sizes = np.asarray(source.image_sizes[np.repeat(first, images) + within])
-    per_image = tile_counts(sizes, images[owner], tile_size=rules.tile_size, tiling=rules.tiling)
-    tiles = np.bincount(owner, weights=per_image, minlength=len(documents)).astype(np.int64)
-    lengths = source.token_lengths[documents].astype(np.int64) - images + tiles * rules.slots_per_tile
-    return Measured(lengths, images, tiles)
+    @classmethod
+    def joined(cls, parts: Sequence[Sizes]) -> Sizes:
+        """Put sizes behind one another."""
+        return cls(
+            np.concatenate([part.tokens for part in parts]),
+            np.concatenate([part.images for part in parts]),
+            np.concatenate([part.tiles for part in parts]),
+        )
 
 
-def select(source: IndexedSource, documents: Int64, rules: PackingRules) -> Selected:
-    """Leave out documents that no row can hold, and truncate text that is too long.
-
-    A document longer than a row loses the end of its text; it is dropped instead when that would cut an image or leave
-    no target.
-    """
-    found = measure(source, documents, rules)
-    lengths = np.minimum(found.lengths, rules.seq_length)
-    reasons = {
-        "too short": found.lengths < 2,
-        "more images than data.max_images": found.images > rules.max_images,
-        "more tiles than data.max_tiles": found.tiles > rules.max_tiles,
-    }
-    bad = np.zeros(len(documents), np.bool_)
-    dropped: dict[str, int] = {}
-    for reason, mask in reasons.items():
-        if count := int(np.count_nonzero(mask & ~bad)):
-            dropped[reason] = count
-        bad |= mask
-    for position in np.flatnonzero((found.lengths > rules.seq_length) & ~bad):
-        problem = _truncation_problem(source, int(documents[position]), rules)
-        if problem:
-            dropped[problem] = dropped.get(problem, 0) + 1
-            bad[position] = True
-    kept = np.flatnonzero(~bad)
-    cut = (found.lengths - lengths)[kept]
-    measured = Measured(lengths[kept], found.images[kept], found.tiles[kept])
-    return Selected(kept, measured, dropped, int(np.count_nonzero(cut)), int(cut.sum()))
+def least_rows(sizes: Sizes, rules: PackingRules) -> int:
+    """Return a number of rows below which no packing can go: what the cap that binds most needs on average."""
+    return int((-(-sizes.matrix_NC.sum(axis=0) // rules.caps_C)).max()) if len(sizes) else 0
 
 
-def _truncation_problem(source: IndexedSource, document: int, rules: PackingRules) -> str:
-    """Say why a document that is too long cannot be truncated; empty = it can."""
-    images = range(int(source.image_index[document]), int(source.image_index[document + 1]))
-    refs = [ImageRef(0, i, int(source.image_sizes[i, 0]), int(source.image_sizes[i, 1])) for i in images]
-    repeats, _ = _repeats(source.tokens(document), rules.plans(refs), rules)
-    ends = np.cumsum(repeats)
-    sentinels = source.tokens(document) == rules.image_sentinel_id
-    if sentinels.any() and int(ends[sentinels][-1]) > rules.seq_length:
-        return "longer than a row, an image would be cut"
-    targets = source.loss_mask(document) & ~sentinels
-    targets[0] = False
-    return "" if targets[ends <= rules.seq_length].any() else "longer than a row, no target would be left"
+def pack(sizes: Sizes, rules: PackingRules) -> Int64:
+    """Put samples into rows, so that rows are nearly as few as the caps allow.
 
-
-def pack_rows(measured: Measured, rules: PackingRules) -> Int64:
-    """Fill rows with documents in the order given, closing a row when the next document does not fit.
-
-    Returns:
-        int64 [rows + 1]: row i holds documents ``starts[i]`` to ``starts[i + 1]``.
-    """
-    caps = (
-        (measured.lengths, rules.seq_length),
-        (measured.images, rules.max_images),
-        (measured.tiles, rules.max_tiles),
-    )
-    sums = [(np.concatenate(([0], np.cumsum(values))), cap) for values, cap in caps]
-    total = len(measured.lengths)
-    starts = [0]
-    while starts[-1] < total:
-        at = starts[-1]
-        stops = [int(np.searchsorted(cumulative, cumulative[at] + cap, side="right")) - 1 for cumulative, cap in sums]
-        starts.append(min(*stops, at + rules.max_samples))
-    return np.array(starts, dtype=np.int64)
-
-
-# --- What a row looks like
-
-
-@dataclass(frozen=True)
-class PlacedImage:
-    """One image of a micro-batch: where its bytes are, its tiles, and whose it is (for messages).
-
-    Attributes:
-        ref: the image.
-        plan: its tiles.
-        first_tile: index of its first tile among the tiles of the micro-batch.
-        row: index of its row inside the micro-batch.
-        label: source, document and image number, for messages.
-    """
-
-    ref: ImageRef
-    plan: TilePlan
-    first_tile: int
-    row: int
-    label: str
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Every tensor of a micro-batch except the pixels, as in :class:`~mm15_megatron.batch.MMBatch`."""
-
-    segment_bounds_G: torch.Tensor
-    position_ids_T: torch.Tensor
-    padding_mask_T: torch.Tensor
-    tokens_T: torch.Tensor
-    labels_T: torch.Tensor
-    loss_mask_T: torch.Tensor
-    slots_NP: torch.Tensor
-    images: tuple[PlacedImage, ...]
-    records: tuple[RowRecord, ...]
-
-
-@dataclass(frozen=True)
-class _Segment:
-    """One expanded sample: arrays [L], and the positions its tiles own, [tiles, P]."""
-
-    tokens: Int64
-    labels: Int64
-    weights: npt.NDArray[np.float32]
-    slots: Int64
-
-
-def lay_out(rows: Sequence[tuple[int, Sequence[Sample]]], rules: PackingRules) -> Layout:
-    """Lay rows end to end as one packed micro-batch.
+    Where rows hold few samples and one cap binds, best fit: the largest samples first, each into the fullest row that
+    still takes it. Small samples are spread over rows instead, and so are samples for which two caps bind (captions of
+    many words: images and tokens), where filling row after row would use up one cap and waste the other. Samples are placed many at a time, in a few hundred vectorised steps whatever their
+    number. All arithmetic is on integers: the result is the same on every machine.
 
     Args:
-        rows: (global row index, samples) of each row.
-        rules: the rules of the run.
+        sizes: of N samples, each of which fits an empty row.
+        rules: the caps.
 
-    Raises:
-        DataError: if a sample's sentinels and images disagree in number, or samples do not fit their row.
+    Returns:
+        int64 [N], row of each sample; rows are numbered from 0 without gaps, in no meaningful order.
     """
-    length = rules.seq_length
-    size = len(rows) * length
-    tokens, labels = np.zeros(size, np.int64), np.zeros(size, np.int64)
-    weights, positions = np.zeros(size, np.float32), np.zeros(size, np.int64)
-    padding = np.ones(size, np.bool_)
-    bounds, slots = [0], [np.zeros((0, rules.slots_per_tile), np.int64)]
-    images: list[PlacedImage] = []
-    records: list[RowRecord] = []
-    for number, (row, samples) in enumerate(rows):
-        at, end = number * length, (number + 1) * length
-        for sample in samples:
-            plans = rules.plans(sample.images)
-            segment = _expand(sample, plans, rules)
-            stop = at + len(segment.tokens)
-            if stop > end or len(samples) > rules.max_samples:
-                raise DataError(
-                    f"row {row}: document {sample.document} of source {sample.source!r} ends at token "
-                    f"{stop - end + length} of {length}; {len(samples)} samples of at most {rules.max_samples}",
-                    fix="the dataset changed under the run: start again with fresh rows",
-                )
-            tokens[at:stop], labels[at:stop], weights[at:stop] = segment.tokens, segment.labels, segment.weights
-            positions[at:stop], padding[at:stop] = np.arange(stop - at), False
-            _place_images(images, sample, plans, row=number)
-            slots.append(segment.slots + at)
-            bounds.append(stop)
-            at = stop
-        if at < end:
-            positions[at:end] = np.arange(end - at)
-            bounds.append(end)
-        records.append(_record(row, samples, used=at - number * length, slots=slots[len(slots) - len(samples) :]))
-    bounds += [size] * (rules.num_bounds(len(rows)) - len(bounds))
-    return Layout(
-        segment_bounds_G=torch.tensor(bounds, dtype=torch.int32),
-        position_ids_T=torch.from_numpy(positions),
-        padding_mask_T=torch.from_numpy(padding),
-        tokens_T=torch.from_numpy(tokens),
-        labels_T=torch.from_numpy(labels),
-        loss_mask_T=torch.from_numpy(weights),
-        slots_NP=torch.from_numpy(np.concatenate(slots)),
-        images=tuple(images),
-        records=tuple(records),
-    )
+    if not len(sizes):
+        return np.zeros(0, np.int64)
+    sizes_NC, caps_C = sizes.matrix_NC, rules.caps_C
+    needed_C = sizes_NC.sum(axis=0) / caps_C
+    binding = np.flatnonzero(needed_C >= _ALSO_BINDS * needed_C.max())
+    if len(binding) > 1 or len(sizes) >= _MANY_SAMPLES * needed_C.max():
+        return _spread(sizes_NC, caps_C, binding)
+    return _best_fit(sizes_NC, caps_C, main=int(binding[0]))
 
 
-def _expand(sample: Sample, plans: Sequence[TilePlan], rules: PackingRules) -> _Segment:
-    """Give every tile its slots, make labels and weights, and cut the end of a text that is longer than a row."""
-    repeats, sentinels = _repeats(sample.tokens, plans, rules, where=f"{sample.document} of source {sample.source!r}")
-    tokens = np.repeat(sample.tokens, repeats)
-    is_slot = np.repeat(sentinels, repeats)
-    is_target = np.repeat(sample.loss_mask & ~sentinels, repeats)
-    if is_slot[rules.seq_length :].any():
-        raise DataError(
-            f"document {sample.document} of source {sample.source!r} has {len(tokens)} tokens: "
-            f"a row of {rules.seq_length} would cut an image",
-            fix="raise data.seq_length, or leave the document out",
-        )
-    kept = slice(rules.seq_length)
-    tokens, is_slot, is_target = tokens[kept], is_slot[kept], is_target[kept]
-    weights = np.zeros(len(tokens), np.float32)
-    weights[:-1] = is_target[1:]
-    labels = np.zeros(len(tokens), np.int64)
-    labels[:-1] = np.where(is_target[1:], tokens[1:], 0)
-    weights *= _target_weight(int(np.count_nonzero(weights)), rules.normalisation)
-    return _Segment(tokens, labels, weights, np.flatnonzero(is_slot).reshape(-1, rules.slots_per_tile))
+def _spread(sizes_NC: Int64, caps_C: Int64, binding: Int64) -> Int64:
+    """Deal samples to as many rows as the caps need on average, in rounds, the largest that fits to the emptiest row.
+
+    What finds no room is dealt to rows of its own, in the same way. Size and room are sums of shares of the caps that
+    bind; every cap is checked.
+    """
+    size_N = (sizes_NC[:, binding] * _SHARE // caps_C[binding]).sum(axis=1)
+    row_N = np.full(len(sizes_NC), -1, np.int64)
+    left = np.argsort(size_N, kind="stable")
+    rows = 0
+    while left.size:
+        count = int((-(-sizes_NC[left].sum(axis=0) // caps_C)).max())
+        free_RC = np.tile(caps_C, (count, 1))
+        room_R = np.full(count, _SHARE * len(binding))
+        failed_R = np.zeros(count, np.int64)
+        open_rows = np.arange(count)
+        while left.size and open_rows.size:
+            open_rows = open_rows[np.argsort(-room_R[open_rows], kind="stable")]
+            largest = np.searchsorted(size_N[left], room_R[open_rows], side="right") - 1
+            step = np.arange(open_rows.size)
+            at = np.minimum.accumulate(largest + step) - step  # each row another sample
+            open_rows, at = open_rows[at >= 0], at[at >= 0]
+            samples = left[at]
+            fits = (sizes_NC[samples] <= free_RC[open_rows]).all(axis=1)
+            into, put = open_rows[fits], samples[fits]
+            row_N[put] = rows + into
+            free_RC[into] -= sizes_NC[put]
+            room_R[into] -= size_N[put]
+            missed = open_rows[~fits]
+            failed_R[missed] += 1
+            room_R[missed] = np.minimum(room_R[missed], size_N[samples[~fits]] - 1)  # look for something smaller
+            kept = np.ones(left.size, np.bool_)
+            kept[at[fits]] = False
+            left = left[kept]
+            open_rows = open_rows[failed_R[open_rows] < _TRIES]
+        rows += count
+    return _numbered(row_N)
 
 
-def _repeats(
-    tokens: Int64, plans: Sequence[TilePlan], rules: PackingRules, *, where: str = ""
-) -> tuple[Int64, npt.NDArray[np.bool_]]:
-    """Return how many positions each token takes in the row, and which tokens are sentinels."""
-    sentinels = tokens == rules.image_sentinel_id
-    found = int(np.count_nonzero(sentinels))
-    if found != len(plans):
-        raise DataError(
-            f"document {where} has {found} image placeholders and {len(plans)} images",
-            fix="build the dataset again: the token and image files do not belong together",
-        )
-    repeats = np.ones(len(tokens), np.int64)
-    repeats[sentinels] = [plan.num_tiles * rules.slots_per_tile for plan in plans]
-    return repeats, sentinels
+def _numbered(row_N: Int64) -> Int64:
+    """Close the gaps in the numbers of rows."""
+    return np.unique(row_N, return_inverse=True)[1].astype(np.int64)
 
 
-def _target_weight(targets: int, normalisation: str) -> float:
-    """Weight of each of a sample's targets."""
-    if normalisation == "token" or targets == 0:
-        return 1.0
-    return float(1.0 / targets if normalisation == "sample" else targets**-0.5)
+def _best_fit(sizes_NC: Int64, caps_C: Int64, *, main: int) -> Int64:
+    packer = _Packer(sizes_NC, caps_C, main=main)
+    for batch in packer.batches():
+        packer.place(batch)
+    return packer.row_N
 
 
-def _place_images(images: list[PlacedImage], sample: Sample, plans: Sequence[TilePlan], *, row: int) -> None:
-    for number, (ref, plan) in enumerate(zip(sample.images, plans, strict=True)):
-        first = images[-1].first_tile + images[-1].plan.num_tiles if images else 0
-        label = f"image {number} of document {sample.document} of source {sample.source!r}"
-        images.append(PlacedImage(ref, plan, first, row, label))
+class _Packer:
+    """Rows under construction; those that can still take a sample stay sorted by their room."""
 
+    def __init__(self, sizes_NC: Int64, caps_C: Int64, *, main: int) -> None:
+        self._sizes_NC, self._caps_C = sizes_NC, caps_C
+        self._main = main
+        self._size_N = sizes_NC[:, self._main]
+        self._smallest = int(self._size_N.min())
+        self.row_N = np.full(len(sizes_NC), -1, np.int64)
+        self._rows = 0
+        self._free_RC = np.empty((1024, len(caps_C)), np.int64)  # doubled when it is full
+        self._open = np.zeros(0, np.int64)  # rows, ascending by room
+        self._room = np.zeros(0, np.int64)  # of the open rows, along the main cap
 
-def _record(row: int, samples: Sequence[Sample], *, used: int, slots: Sequence[Int64]) -> RowRecord:
-    image_slots = sum(positions.size for positions in slots)
-    return RowRecord(
-        row=row,
-        sources=tuple(sample.source for sample in samples),
-        documents=tuple(sample.document for sample in samples),
-        text_tokens=used - image_slots,
-        image_slots=image_slots,
-    )
+    def batches(self) -> list[Int64]:
+        """Samples in descending order of size, in groups; those that no second one can join come together."""
+        order = np.argsort(-self._size_N, kind="stable")
+        alone = int(np.count_nonzero(2 * self._size_N > self._caps_C[self._main]))
+        step = max(1, -(-(len(order) - alone) // _BATCHES))
+        edges = [alone, *range(alone + step, len(order), step)]
+        return [part for part in np.split(order, edges) if part.size]
+
+    def place(self, batch: Int64) -> None:
+        """Place samples, given in descending order of size, each into another row."""
+        used = np.zeros(len(self._open), np.bool_)
+        waiting = batch[::-1]
+        wanted = np.searchsorted(self._room, self._size_N[waiting], side="left")
+        for _ in range(_TRIES):
+            if not waiting.size or not used.size:
+                break
+            # each sample takes the tightest row that no smaller sample of the batch took
+            step = np.arange(waiting.size)
+            found = np.maximum.accumulate(wanted - step) + step
+            inside = np.flatnonzero(found < used.size)
+            at = found[inside]
+            rows = self._open[at]
+            fits = ~used[at] & (self._sizes_NC[waiting[inside]] <= self._free_RC[rows]).all(axis=1)
+            self._put(waiting[inside[fits]], rows[fits])
+            used[at[fits]] = True
+            left = np.ones(waiting.size, np.bool_)
+            left[inside[fits]] = False
+            waiting, wanted = waiting[left], found[left] + 1
+        self._keep_sorted(used, self._open_rows(waiting[::-1]))
+
+    def _put(self, samples: Int64, rows: Int64) -> None:
+        self.row_N[samples] = rows
+        self._free_RC[rows] -= self._sizes_NC[samples]
+
+    def _open_rows(self, samples: Int64) -> Int64:
+        """Put samples, in descending order of size, into new rows, one to each in turn; return the rows."""
+        first = self._rows
+        while samples.size:
+            count = int((-(-self._sizes_NC[samples].sum(axis=0) // self._caps_C)).max())
+            rows = np.arange(self._rows, self._rows + count)
+            self._rows += count
+            while len(self._free_RC) < self._rows:
+                self._free_RC = np.concatenate((self._free_RC, np.empty_like(self._free_RC)))
+            self._free_RC[rows] = self._caps_C
+            while True:
+                turn = samples[:count]
+                fits = (self._sizes_NC[turn] <= self._free_RC[rows[: len(turn)]]).all(axis=1)
+                self._put(turn[fits], rows[: len(turn)][fits])
+                samples = np.concatenate((turn[~fits], samples[count:]))
+                if not samples.size or not fits.any():
+                    break
+        return np.arange(first, self._rows)
+
+    def _keep_sorted(self, used: npt.NDArray[np.bool_], opened: Int64) -> None:
+        """Put the rows that changed back in their place; those that can take nothing more are left out."""
+        changed = np.concatenate((self._open[used], opened))
+        changed = changed[(self._free_RC[changed] > 0)[:, [self._main, -1]].all(axis=1)]
+        room = self._free_RC[changed, self._main]
+        order = np.argsort(room, kind="stable")
+        order = order[room[order] >= self._smallest]
+        changed, room = changed[order], room[order]
+        stay_open, stay_room = self._open[~used], self._room[~used]
+        at = np.searchsorted(stay_room, room)
+        self._open, self._room = np.insert(stay_open, at, changed), np.insert(stay_room, at, room)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Final
 
 import numpy as np
 import torch
@@ -18,12 +19,16 @@ from mm15_megatron.batch import MMBatch, TileShare
 from mm15_megatron.config.schema import RunConfig
 from mm15_megatron.data.collate import ImageSettings, TileLoader
 from mm15_megatron.data.image.pillow import check_image
-from mm15_megatron.data.packing import Layout, PackingRules, lay_out
+from mm15_megatron.data.packing import PackingRules
+from mm15_megatron.data.row_layout import Layout, lay_out, tokens_in_row
 from mm15_megatron.data.samples import ImageRef, Sample
+from mm15_megatron.data.tile_text import TileTexts
 from mm15_megatron.errors import ConfigError, DataError
 from mm15_megatron.models.mm_model import MM15Model
 from mm15_megatron.parallel.batch_scatter import local_batch
 from mm15_megatron.parallel.topology import Topology
+
+_NO_TEXTS: Final = TileTexts()
 
 
 @dataclass(frozen=True)
@@ -52,7 +57,7 @@ class _Sequence:
     @property
     def sample(self) -> Sample:
         tokens = np.array([*self.prompt.tokens, *self.answer], dtype=np.int64)
-        return Sample(tokens, np.zeros(len(tokens), np.bool_), self.images, "prompt")
+        return Sample.whole(tokens, np.zeros(len(tokens), np.bool_), self.images, source="prompt")
 
 
 class Generator:
@@ -64,6 +69,7 @@ class Generator:
         topology: the layout; every rank calls every method with the same prompts.
         eos_id: end of text, which ends an answer.
         image_id: the image sentinel of the prompts; it is never generated.
+        tile_texts: position indicators, as in training.
         prompts_together: prompts of one packed row, a bound on memory.
 
     Raises:
@@ -79,6 +85,7 @@ class Generator:
         topology: Topology,
         eos_id: int,
         image_id: int,
+        tile_texts: TileTexts = _NO_TEXTS,
         prompts_together: int = 64,
     ) -> None:
         if topology.pipeline_size > 1:
@@ -96,7 +103,7 @@ class Generator:
         self._topology = topology
         self._eos_id = eos_id
         self._image_id = image_id
-        self._rules = PackingRules.from_config(cfg, image_sentinel_id=image_id)
+        self._rules = PackingRules.from_config(cfg, image_sentinel_id=image_id, tile_texts=tile_texts)
         if not 1 <= prompts_together <= self._rules.max_samples:
             raise ConfigError(
                 f"prompts_together = {prompts_together}", fix=f"use 1 to {self._rules.max_samples} prompts a row"
@@ -170,7 +177,8 @@ class Generator:
         )
         at = 0
         for sequence in sequences:
-            owned = sum(plan.num_tiles for plan in self._rules.plans(sequence.images))
+            plans = self._rules.plans(sequence.images, images_in_sample=len(sequence.images))
+            owned = sum(plan.num_tiles for plan in plans)
             sequence.tiles_N3HW = tiles_N3HW[at : at + owned]
             at += owned
         return sequences
@@ -189,9 +197,7 @@ class Generator:
     def _lay_out(self, sequences: Sequence[_Sequence]) -> Layout:
         """Lay the sequences end to end in one row, just long enough and a multiple of the tensor-parallel size."""
         samples = [sequence.sample for sequence in sequences]
-        tiles = sum(plan.num_tiles for sample in samples for plan in self._rules.plans(sample.images))
-        images = sum(len(sample.images) for sample in samples)
-        used = sum(len(sample.tokens) for sample in samples) - images + tiles * self._rules.slots_per_tile
+        used = sum(tokens_in_row(sample, self._rules) for sample in samples)
         size = self._topology.tensor_size
         length = max(len(samples), -(-used // size) * size)
         return lay_out([(0, samples)], replace(self._rules, seq_length=length))

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from mm15_megatron.accounting import step_flops
+from mm15_megatron.data.loader import StepShape
 from mm15_megatron.training.optimizer import learning_rates
 from mm15_megatron.training.run import Run
 from mm15_megatron.training.schedule import apply_schedule
@@ -24,7 +25,7 @@ class Taken:
     Attributes:
         output: what the step did.
         counts: what its rows held, over all ranks.
-        rows: rows of its global batch.
+        shape: units, rows and micro-batches of its global batch.
         factor: share of the peak learning rate.
         seconds: wall time of the step, up to the end of its work on the device.
         wait: the longest time a rank waited for data in it, seconds.
@@ -32,7 +33,7 @@ class Taken:
 
     output: StepOutput
     counts: Counts
-    rows: int
+    shape: StepShape
     factor: float
     seconds: float
     wait: float
@@ -83,20 +84,18 @@ def take_step(training: Run) -> Taken:
     then cost a round trip and no waiting, stand between one step and the next.
     """
     state, loader, topology = training.state, training.feed.loader, training.topology
-    rows = loader.plan.rows_of_step(state.consumed_rows)
+    shape = loader.step(state.consumed)
     factor = apply_schedule(training.parts.optimizer, training.cfg, step=state.step + 1)
     training.feed.rows.clear()
     waited, started = loader.wait_seconds, time.perf_counter()
-    output = train_step(
-        training.parts, training.feed, num_microbatches=loader.plan.micro_batches_per_step(state.consumed_rows)
-    )
+    output = train_step(training.parts, training.feed, num_microbatches=shape.micro_batches)
     wait = torch.tensor(loader.wait_seconds - waited, dtype=torch.float64, device=topology.device)
     torch.distributed.all_reduce(wait, op=torch.distributed.ReduceOp.MAX)
     longest = float(wait.item())  # waits for the device, which otherwise still runs the optimizer
     seconds = time.perf_counter() - started
     counts = global_counts(training.feed.rows, topology=topology)
-    training.state = state.after(counts, rows=rows, applied=output.applied)
-    return Taken(output, counts, rows, factor, seconds, wait=longest)
+    training.state = state.after(counts, units=shape.units, applied=output.applied)
+    return Taken(output, counts, shape, factor, seconds, wait=longest)
 
 
 def step_figures(training: Run, taken: Taken) -> dict[str, float | int | None]:
@@ -108,7 +107,7 @@ def step_figures(training: Run, taken: Taken) -> dict[str, float | int | None]:
     """
     cfg, output, seconds = training.cfg, taken.output, taken.seconds
     tiles = taken.counts.image_slots // cfg.connector.num_tokens
-    tflop = step_flops(cfg, rows=taken.rows, tiles=tiles).total / 1e12
+    tflop = step_flops(cfg, rows=taken.shape.rows, tiles=tiles).total / 1e12
     per_rank = tflop / (seconds * training.topology.place.world_size)
     return {
         "train/loss": output.loss,
@@ -118,10 +117,11 @@ def step_figures(training: Run, taken: Taken) -> dict[str, float | int | None]:
         "train/skipped_steps": training.state.skipped_steps,
         **_router_figures(output),
         **{f"lr/{module}": taken.factor * rate for module, rate in learning_rates(cfg).items()},
-        "data/global_batch": taken.rows,
-        "data/consumed_rows": training.state.consumed_rows,
+        "data/global_batch": taken.shape.units,
+        "data/rows": taken.shape.rows,
+        f"data/consumed_{cfg.data.batch_unit}": training.state.consumed,
         "data/substituted_images": training.state.substituted,
-        "data/fill": taken.counts.tokens / (taken.rows * cfg.data.seq_length),
+        "data/fill": taken.counts.tokens / (taken.shape.rows * cfg.data.seq_length),
         "data/wait_share": taken.wait / seconds,
         "speed/seconds": seconds,
         "speed/tokens_per_second": taken.counts.tokens / seconds,

@@ -65,7 +65,7 @@ def resume_block(cfg: RunConfig, checkpoint: Checkpoint | None, *, state: TrainS
     layout = checkpoint.layout
     lines += [
         f"  decision           go on from {checkpoint.folder.name}, named by the tracker",
-        f"  position           step {state.step}, {state.consumed_rows} rows consumed, "
+        f"  position           step {state.step}, {state.consumed} {cfg.data.batch_unit} consumed, "
         f"{checkpoint.optimizer_step} updates applied",
         f"  data order         digest {checkpoint.data_digest[:12]}, unchanged",
         f"  written by         {layout['world_size']} ranks, tensor {layout['tensor_model_parallel_size']} x pipeline "

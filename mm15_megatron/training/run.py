@@ -14,6 +14,7 @@ from mm15_megatron.batch import MMBatch, RowRecord
 from mm15_megatron.checkpoint.store import Checkpoint, load_training, save_checkpoint
 from mm15_megatron.config.schema import RunConfig
 from mm15_megatron.data.loader import Loader, build_loader
+from mm15_megatron.data.open_order import run_shares, write_tables
 from mm15_megatron.models.backend import open_tensor_parallel_buffers
 from mm15_megatron.models.build import build_chunks, check_replicas
 from mm15_megatron.parallel.rendezvous import Rendezvous
@@ -95,7 +96,8 @@ class Run:
         seed_everything(cfg.train.seed, topology=topology)
         checkpoint = on_rank_zero(lambda: choose_checkpoint(cfg))
         state = TrainState() if checkpoint is None else TrainState.from_dict(checkpoint.progress)
-        loader = build_loader(cfg, view=topology.view, consumed_rows=state.consumed_rows)
+        on_rank_zero(lambda: write_tables(cfg))
+        loader = build_loader(cfg, view=topology.view, consumed=state.consumed)
         stack.callback(loader.close)
         if checkpoint is not None:
             check_same_data(checkpoint, cfg, digest=loader.digest)
@@ -129,10 +131,10 @@ class Run:
         screen = startup_screen(
             cfg,
             topology=parts.topology,
-            plan=feed.loader.plan,
+            shape=feed.loader.step(state.consumed),
+            mixture=run_shares(cfg, feed.loader.order) if first else (),
             origins=origins,
             digest=feed.loader.digest,
-            consumed_rows=state.consumed_rows,
         )
         progress.line(screen)
         progress.line(resume_block(cfg, checkpoint, state=state))

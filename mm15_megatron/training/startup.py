@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -17,7 +17,8 @@ from mm15_megatron.accounting import (
 )
 from mm15_megatron.config.effect import without_effect
 from mm15_megatron.config.schema import RunConfig
-from mm15_megatron.data.batch_plan import BatchPlan
+from mm15_megatron.data.blend import Share
+from mm15_megatron.data.loader import StepShape
 from mm15_megatron.parallel.topology import Topology
 from mm15_megatron.training.optimizer import learning_rates
 from mm15_megatron.training.precision import adam_implementation
@@ -33,17 +34,24 @@ def peak_tflops(cfg: RunConfig, *, device: torch.device) -> float | None:
 
 
 def startup_screen(
-    cfg: RunConfig, *, topology: Topology, plan: BatchPlan, origins: Mapping[str, str], digest: str, consumed_rows: int
+    cfg: RunConfig,
+    *,
+    topology: Topology,
+    shape: StepShape,
+    mixture: Sequence[Share],
+    origins: Mapping[str, str],
+    digest: str,
 ) -> str:
     """Return every derived number of the run as lines of text."""
     lines = ["run"]
     facts = [
         *_model_facts(cfg),
         *_layout_facts(cfg, topology),
-        *_batch_facts(cfg, plan, consumed_rows),
+        *_batch_facts(cfg, shape),
         *_rate_facts(cfg, origins),
         ("memory per rank", _memory_text(cfg, world_size=topology.place.world_size)),
         ("data order", f"digest {digest[:12]}, seed {cfg.train.seed}"),
+        *(("source", str(share)) for share in mixture),
         *(
             ("without effect", f"{idle.path} = {idle.value}: {idle.reason}")
             for idle in without_effect(cfg, world_size=topology.place.world_size)
@@ -142,17 +150,19 @@ def _precision_text(cfg: RunConfig) -> str:
     return ", ".join(parts) + "; router, norms, connector, embedding and output layer in higher precision"
 
 
-def _batch_facts(cfg: RunConfig, plan: BatchPlan, consumed_rows: int) -> list[tuple[str, str]]:
-    train, rows = cfg.train, plan.rows_of_step(consumed_rows)
-    ramp = f", ramping to {train.global_batch_size}" if rows != train.global_batch_size else ""
+def _batch_facts(cfg: RunConfig, shape: StepShape) -> list[tuple[str, str]]:
+    train, rows = cfg.train, shape.rows
+    ramp = f", ramping to {train.global_batch_size}" if shape.units != train.global_batch_size else ""
+    packed = f"{shape.units} samples{ramp} in " if cfg.data.batch_unit == "samples" else ""
+    ramp = "" if packed else ramp
     tiles = rows * planned_tiles_per_row(cfg)
     flops = step_flops(cfg, rows=rows, tiles=tiles)
     decoder, encoder, connector = (f"{part / 1e12:.4g}" for part in (flops.language, flops.vision, flops.connector))
     return [
         (
             "step",
-            f"{rows} rows{ramp} x {cfg.data.seq_length} tokens = {rows * cfg.data.seq_length:,} tokens in "
-            f"{plan.micro_batches_per_step(consumed_rows)} micro-batches of {train.micro_batch_size} rows per rank",
+            f"{packed}{rows} rows{ramp} x {cfg.data.seq_length} tokens = {rows * cfg.data.seq_length:,} tokens in "
+            f"{shape.micro_batches} micro-batches of {train.micro_batch_size} rows per rank",
         ),
         ("length", f"{train.steps} steps, {cfg.schedule.warmup_steps} of warm-up, {cfg.schedule.decay} decay"),
         (

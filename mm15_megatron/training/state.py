@@ -39,7 +39,8 @@ class TrainState:
 
     Attributes:
         step: optimizer steps taken, skipped ones included; what the learning-rate schedule counts.
-        consumed_rows: rows of the training order that were used; the one number from which the data resumes.
+        consumed: rows (or samples, ``data.batch_unit``) of the training order that were used; the one number from which
+            the data resumes.
         text_tokens: as in :class:`Counts`.
         image_slots: as in :class:`Counts`.
         substituted: as in :class:`Counts`.
@@ -47,17 +48,17 @@ class TrainState:
     """
 
     step: int = 0
-    consumed_rows: int = 0
+    consumed: int = 0
     text_tokens: int = 0
     image_slots: int = 0
     substituted: int = 0
     skipped_steps: int = 0
 
-    def after(self, counts: Counts, *, rows: int, applied: bool) -> TrainState:
+    def after(self, counts: Counts, *, units: int, applied: bool) -> TrainState:
         """Return the state after one more step."""
         return TrainState(
             step=self.step + 1,
-            consumed_rows=self.consumed_rows + rows,
+            consumed=self.consumed + units,
             text_tokens=self.text_tokens + counts.text_tokens,
             image_slots=self.image_slots + counts.image_slots,
             substituted=self.substituted + counts.substituted,

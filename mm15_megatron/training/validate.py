@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 
 from mm15_megatron.batch import RankView
-from mm15_megatron.data.batch_plan import BatchPlan
 from mm15_megatron.data.loader import build_loader
 from mm15_megatron.training.step import StepParts, evaluate_step
 
@@ -23,10 +22,10 @@ def held_out_figures(parts: StepParts, *, view: RankView) -> dict[str, float | i
     """
     started = time.perf_counter()
     cfg = parts.cfg
-    plan = BatchPlan(cfg.train.global_batch_size, cfg.train.micro_batch_size, view.data_size)
     loader = build_loader(cfg, view=view, validation=True)
     try:
-        rounds = cfg.train.validation_steps * plan.micro_batches_per_step(0)
+        units = cfg.train.global_batch_size
+        rounds = sum(loader.step(step * units).micro_batches for step in range(cfg.train.validation_steps))
         loss = evaluate_step(parts, loader, num_microbatches=rounds).loss
     finally:
         loader.close()

@@ -80,6 +80,8 @@ CASES = [
     ("precision.num_layers_at_start_in_bf16=2", [FP8], 1, [FP8, "precision.first_last_layers_bf16=true"], 1),
     ("precision.num_layers_at_end_in_bf16=2", [FP8], 1, [FP8, "precision.first_last_layers_bf16=true"], 1),
     ("data.row_dealing=round_robin", [TP2], 2, [], 2),
+    ("data.shuffle_block=8", [], 1, ["data.shuffle=blocks"], 1),
+    ("data.shuffle_window=8", ["data.shuffle=none"], 1, ["data.shuffle=blocks"], 1),
     ("data.prefetch_factor=4", ["data.num_workers=0"], 1, [], 1),
     ("data.validation_sources=[{prefix: a}]", [], 1, ["train.validation_interval=5"], 1),
     ("train.validation_steps=3", [], 1, ["train.validation_interval=5"], 1),

@@ -37,6 +37,8 @@ SELECTIVE = "kernels.recompute_granularity=selective"
 ENDS = ("start", "end")
 GRAPHS = "kernels.cuda_graph_scope=[mlp]"
 
+SAMPLES = ["data.batch_unit=samples", "data.mixture_unit=sample"]
+
 CASES = [
     ("_ranges", 1, ["train.steps=0"], "train.steps = 0 is out of range"),
     ("_ranges", 1, ["optimizer.lr=0"], "give a value > 0"),
@@ -162,6 +164,23 @@ CASES = [
     ),
     ("_sources", 1, ["data.sources=[{weight: 1}]"], r"data.sources\[0\] has prefix ''"),
     ("_sources", 1, ["data.validation_sources=[{prefix: a, weight: 0}]"], "weight 0.0"),
+    ("_sources", 1, ["data.sources=[{prefix: a, weight: -1}]"], "weight -1.0"),
+    ("_sources", 1, ["data.sources=[{prefix: a, weight: 1, epochs: 2}]"], "has epochs 2.0 and weight 1.0"),
+    ("_sources", 1, ["data.sources=[{prefix: a, epochs: 0}]"], "epochs above 0"),
+    (
+        "_sources",
+        1,
+        ["data.sources=[{prefix: a, epochs: 1, changes: [{first: 5, weight: 1}]}]"],
+        "epochs 1.0 and weight None, changes 1",
+    ),
+    (
+        "_sources",
+        1,
+        ["data.sources=[{prefix: a, changes: [{first: 5, weight: 1}, {first: 5, weight: 2}]}]"],
+        r"has changes from \[5, 5\] on",
+    ),
+    ("_sources", 1, ["data.sources=[{prefix: a, changes: [{first: 0, weight: 1}]}]"], r"has changes from \[0\] on"),
+    ("_sources", 1, ["data.validation_sources=[{prefix: a, epochs: 2}]"], "every validation reads the same first rows"),
     ("_sources", 1, ["train.validation_interval=5"], "there is no data.validation_sources"),
     (
         "_context_parallel",
@@ -295,9 +314,21 @@ CASES = [
     ("_fp8_widths", 1, [*FP8, "vision.ffn_hidden_size=72", "precision.fp8_vision=true"], "vision.ffn_hidden_size = 72"),
     ("_context_parallel", 2, [CP2, "data.seq_length=127", "train.micro_batch_size=1"], "= 127 is not divisible"),
     ("_no_adafactor", 1, ["optimizer.name=adafactor"], "set optimizer.name=adamw"),
-    ("_no_tile_indicator", 1, ["tiling.indicator=index"], "tiling.indicator = 'index' can be printed"),
-    ("_no_tile_indicator", 1, ["tiling.indicator=seps"], "set tiling.indicator=none"),
-    ("_no_batch_of_samples", 1, ["data.batch_unit=samples"], "set data.batch_unit=rows"),
+    ("_data_units", 1, ["data.batch_unit=samples"], "data.mixture_unit = row wants rows of one source"),
+    (
+        "_data_units",
+        1,
+        ["data.batch_unit=samples", "data.mixture_unit=token"],
+        "data.mixture_unit = token wants rows of one source",
+    ),
+    ("_data_units", 1, [*SAMPLES, *TE, "kernels.cuda_graph_scope=[mlp]"], "another number of micro-batches"),
+    (
+        "_data_units",
+        1,
+        ["data.shuffle=blocks", "data.shuffle_block=2000000"],
+        "= 2000000 x data.shuffle_window = 64 is",
+    ),
+    ("_data_units", 1, ["data.shuffle=blocks", "data.shuffle_window=0"], "use fewer blocks, or smaller ones"),
     ("_training_sources", 1, ["data.sources=[]"], r"`data: {sources: \[{prefix: PATH, weight: 1}\]}`"),
     ("_tokenizer", 1, ["data.tokenizer="], "give data.tokenizer=PATH"),
     ("_run_directory", 1, ["train.run_dir="], "give train.run_dir=PATH"),
@@ -349,6 +380,11 @@ def test_every_rule_has_a_case():
         (1, ["train.rampup_batch_size=[2, 2, 10]"]),
         (1, ["freeze.vision=true", "freeze.connector=true"]),
         (1, ["tiling.mode=static"]),
+        (1, ["tiling.mode=static", "tiling.indicator=index"]),
+        (3, [*SAMPLES, "train.global_batch_size=7"]),
+        (2, [*SAMPLES, PP2, VPP2, "train.global_batch_size=7"]),
+        (1, ["data.shuffle=blocks", "data.shuffle_block=8"]),
+        (1, ["data.sources=[{prefix: a, epochs: 2}, {prefix: b, changes: [{first: 9, weight: 0}]}]"]),
         (1, ["vision.feature_layer=-3"]),
         (1, ["vision.position_embedding=sincos", "vision.class_token=false", "connector.num_attention_heads=3"]),
         (1, ["connector.kind=attention_pool", "connector.num_tokens=5"]),

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from mm15_megatron import __version__
 from mm15_megatron.data.build import BuildOptions
 from mm15_megatron.data.captions import build_captions
 from mm15_megatron.data.indexed.reader import IndexedSource
-from mm15_megatron.data.samples import check_counts, read_sample
+from mm15_megatron.data.indexed.writer import DatasetWriter, EncodedImage
+from mm15_megatron.data.samples import SampleRef, read_sample
 from mm15_megatron.data.sft import (
     Conversation,
     Turn,
@@ -36,12 +38,12 @@ def test_captions_are_image_caption_end(tmp_path: Path, tokenizer: Tokenizer) ->
     assert manifest.meta["program"] == f"mm15_megatron {__version__}"
     assert manifest.meta["options"]["on_bad_image"] == "raise"
     source = IndexedSource(tmp_path / "c", tokenizer_digest=tokenizer.digest)
-    sample = read_sample(source, 0, source_index=4)
+    sample = read_sample(source, SampleRef(4, 0, 0, 99))
     assert sample.tokens.tolist() == [tokenizer.image_id, *tokenizer.encode("a cat"), tokenizer.eos_id]
     assert sample.loss_mask.all()
     assert [(i.source, i.item, i.height, i.width) for i in sample.images] == [(4, 0, 31, 17)]
     assert source.image_bytes(0).tobytes() == picture
-    assert tokenizer.decode(read_sample(source, 1).tokens) == "a </s> <image>"
+    assert tokenizer.decode(read_sample(source, SampleRef(0, 1, 0, 999)).tokens) == "a </s> <image>"
 
 
 def test_exif_orientation_swaps_the_stored_size(tmp_path: Path, tokenizer: Tokenizer) -> None:
@@ -116,8 +118,8 @@ def test_conversations_on_disk(tmp_path: Path, tokenizer: Tokenizer) -> None:
     manifest = build_conversations(tmp_path / "c", [text_only, two], tokenizer)
     assert (manifest.kind, manifest.documents, manifest.images) == ("conversations", 2, 2)
     source = IndexedSource(tmp_path / "c")
-    assert read_sample(source, 0).images == ()
-    sample = read_sample(source, 1)
+    assert read_sample(source, SampleRef(0, 0, 0, 999)).images == ()
+    sample = read_sample(source, SampleRef(0, 1, 0, 999))
     assert [(i.item, i.height, i.width) for i in sample.images] == [(0, 5, 6), (1, 7, 8)]
     assert tokenizer.decode(sample.tokens[sample.loss_mask]) == " 7"
 
@@ -163,7 +165,22 @@ def test_parse_turns() -> None:
         parse_turns([{"text": "x"}])
 
 
-def test_counts_are_checked_when_read(tokenizer: Tokenizer, captions_prefix: Path) -> None:
-    source = IndexedSource(captions_prefix)
-    with pytest.raises(DataError, match="document 5 of source 'cap.v1' has 1 image placeholders and 2 images"):
-        check_counts(source.tokens(5), 2, sentinel=tokenizer.image_id, source=source.name, document=5)
+def test_placeholders_are_checked_when_read(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    build_captions(tmp_path / "c", [(photo(5, 6), "ab")], tokenizer)
+    positions = tmp_path / "c_image_positions.npy"
+    source = IndexedSource(tmp_path / "c")
+    source.image_positions = np.load(positions) + 1
+    with pytest.raises(
+        DataError, match=r"document 0 of source 'c' has image placeholders at \[0\], its index says \[1\]"
+    ):
+        read_sample(source, SampleRef(0, 0, 0, 4))
+
+
+def test_a_piece_of_a_document_has_its_images_alone(tmp_path: Path) -> None:
+    with DatasetWriter(tmp_path / "d", kind="interleaved", tokenizer_digest="", image_sentinel_id=3) as writer:
+        pictures = [EncodedImage(b"x", 10 + n, 20) for n in range(3)]
+        writer.add_document([5, 3, 6, 7, 3, 3, 8], images=pictures)
+    sample = read_sample(IndexedSource(tmp_path / "d"), SampleRef(2, 0, 3, 6))
+    assert sample.tokens.tolist() == [7, 3, 3]
+    assert [(i.source, i.item, i.height) for i in sample.images] == [(2, 1, 11), (2, 2, 12)]
+    assert (sample.first_image, sample.images_in_document) == (1, 3)

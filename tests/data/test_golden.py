@@ -7,6 +7,7 @@ from before is then refused with a message, instead of going on with other rows.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,17 +15,17 @@ import pytest
 
 from mm15_megatron.data.captions import encode_caption
 from mm15_megatron.data.indexed.format import RENDERINGS
-from mm15_megatron.data.mixture import Mixture
-from mm15_megatron.data.packing import PACKING_VERSION, Measured, pack_rows
+from mm15_megatron.data.mixture import Mixture, Weights
+from mm15_megatron.data.packing import PACKING_VERSION, Sizes, pack
 from mm15_megatron.data.permutation import derive_key, permute
-from mm15_megatron.data.row_order import RowOrder, order_digest
 from mm15_megatron.data.sft import Turn, render
+from mm15_megatron.data.source_order import OrderOptions, digest_of
 from mm15_megatron.data.tokenizer import Tokenizer
-from tests.data.rows import RULES, text_source
+from tests.data.rows import RULES, row_order, text_source
 
 
 def test_version() -> None:
-    assert PACKING_VERSION == 1, "write down the new values of this file"
+    assert PACKING_VERSION == 2, "write down the new values of this file"
 
 
 def test_keys() -> None:
@@ -38,18 +39,19 @@ def test_permutation() -> None:
 
 
 def test_mixture() -> None:
-    mixture = Mixture([0.5, 0.3, 0.2], seed=1)
+    mixture = Mixture([Weights(0, (0.5, 0.3, 0.2))], seed=1)
     assert mixture.choose(0, 12).tolist() == [0, 1, 0, 2, 1, 0, 1, 0, 2, 1, 0, 2]
     assert mixture.choose(10**12, 10**12 + 12).tolist() == [2, 1, 0, 1, 0, 0, 1, 0, 2, 0, 0, 1]
     assert mixture.count_before(100_000).tolist() == [50002, 29999, 19999]
 
 
-def test_rows_are_closed_by_each_cap() -> None:
-    lengths = [20, 12, 1, 8, 8, 8, 8, 30, 2, 2]
+def test_packing() -> None:
+    tokens = [20, 12, 1, 8, 8, 8, 8, 30, 2, 2]
     images = [0, 0, 1, 2, 2, 1, 0, 0, 1, 0]
     tiles = [0, 0, 1, 2, 2, 5, 4, 0, 1, 0]
-    measured = Measured(*(np.array(values) for values in (lengths, images, tiles)))
-    assert pack_rows(measured, RULES).tolist() == [0, 2, 4, 6, 7, 9, 10]
+    found = Sizes(*(np.array(values) for values in (tokens, images, tiles)))
+    assert pack(found, RULES).tolist() == [1, 1, 3, 2, 2, 3, 2, 0, 0, 2]
+    assert pack(found, replace(RULES, seq_length=64)).tolist() == [1, 2, 2, 1, 1, 0, 1, 0, 2, 0]
 
 
 @pytest.mark.parametrize(
@@ -58,36 +60,37 @@ def test_rows_are_closed_by_each_cap() -> None:
         (
             "row",
             [
-                ((0, 2), (0, 4), (0, 3), (0, 0)),
-                ((0, 1),),
-                ((0, 2), (0, 3), (0, 0), (0, 1)),
-                ((1, 1), (1, 0), (1, 2)),
-                ((0, 4),),
-                ((0, 0), (0, 3), (0, 4), (0, 2)),
+                ["0:4[0:32]"],
+                ["0:4[31:40]", "0:2[0:14]", "0:1[0:9]"],
+                ["0:0[0:4]", "0:3[0:3]"],
+                ["1:2[0:6]", "1:0[0:20]", "1:1[0:6]"],
+                ["0:1[0:9]", "0:4[31:40]", "0:2[0:14]"],
+                ["0:4[0:32]"],
             ],
         ),
         (
             "sample",
             [
-                ((0, 2), (0, 4), (0, 3), (1, 1)),
-                ((0, 0), (0, 1)),
-                ((1, 0),),
-                ((0, 2), (1, 2), (0, 3), (0, 0)),
-                ((1, 1), (0, 1), (0, 4), (1, 2)),
-                ((0, 0), (1, 0), (0, 3)),
+                ["0:3[0:3]", "0:1[0:9]", "1:0[0:20]"],
+                ["0:3[0:3]", "0:4[31:40]", "1:0[0:20]"],
+                ["0:3[0:3]", "0:4[31:40]", "1:0[0:20]"],
+                ["0:4[0:32]"],
+                ["0:4[31:40]", "0:1[0:9]", "0:4[31:40]", "0:0[0:4]"],
+                ["0:0[0:4]", "0:2[0:14]", "0:2[0:14]"],
             ],
         ),
     ],
 )
-def test_rows(tmp_path: Path, unit: str, rows: list[tuple[tuple[int, int], ...]]) -> None:
-    sources = [text_source(tmp_path / "a", [4, 9, 14, 3, 8]), text_source(tmp_path / "b", [20, 6, 6])]
-    order = RowOrder(sources, [2, 1], RULES, seed=1, unit=unit, shuffle=True)
-    assert [order.row(row).samples for row in range(6)] == rows
+def test_rows(tmp_path: Path, unit: str, rows: list[list[str]]) -> None:
+    sources = [text_source(tmp_path / "a", [4, 9, 14, 3, 40]), text_source(tmp_path / "b", [20, 6, 6])]
+    order = row_order(sources, [2, 1], unit=unit)
+    found = [[f"{s.source}:{s.document}[{s.first}:{s.stop}]" for s in order.row(r).samples] for r in range(6)]
+    assert found == rows
 
 
 def test_digest_of_the_order() -> None:
-    digest = order_digest(RULES, ["aa", "bb"], [0.75, 0.25], seed=1, unit="row", shuffle=True)
-    assert digest == "8e10e71bc4f15220e4f28b0a755a359f31efc4c0535201bb5abebac7651d076d"
+    decides = OrderOptions(seed=1).decides(RULES) | {"sources": ["aa", "bb"], "shares": [[0, [0.75, 0.25]]]}
+    assert digest_of(decides) == "0ff2b2180bc742bd392497e9f7e52f5e268f6e041e235ce980c184e238ff6842"
 
 
 def test_renderings(tokenizer: Tokenizer) -> None:

@@ -192,7 +192,10 @@ def test_documents_are_checked_when_written(tmp_path: Path) -> None:
         PairWriter(tmp_path / "p.bin", tmp_path / "p.idx", dtype="complex64")
 
 
-@pytest.mark.parametrize("suffix", ["_tokens.bin", "_tokens.idx", "_images.bin", "_loss_mask.idx", "_image_sizes.npy"])
+@pytest.mark.parametrize(
+    "suffix",
+    ["_tokens.bin", "_tokens.idx", "_images.bin", "_loss_mask.idx", "_image_sizes.npy", "_image_positions.npy"],
+)
 def test_missing_truncated_and_foreign_files(prefix: Path, tmp_path: Path, suffix: str) -> None:
     path = Path(f"{prefix}{suffix}")
     content = path.read_bytes()

@@ -63,7 +63,7 @@ def _save(parts: StepParts, *, step: int) -> None:
         topology=parts.topology,
         step=step,
         data_digest="stream",
-        progress={"consumed_rows": step * parts.cfg.train.global_batch_size},
+        progress={"consumed": step * parts.cfg.train.global_batch_size},
     )
 
 

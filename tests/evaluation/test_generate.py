@@ -76,7 +76,7 @@ def _by_hand(cfg: RunConfig, *, prompts: list[Prompt]) -> list[list[int]]:
         ids = list(prompt.tokens)
         refs = tuple(ImageRef(0, item, 56, 56) for item in range(len(prompt.images)))
         for _ in range(NEW):
-            sample = Sample(np.array(ids), np.zeros(len(ids), np.bool_), refs)
+            sample = Sample.whole(np.array(ids), np.zeros(len(ids), np.bool_), refs)
             batch = collate(
                 [(0, [sample])],
                 rules,

@@ -38,7 +38,7 @@ def test_going_on(tmp_path: Path) -> None:
     assert choose_checkpoint(_config(tmp_path, "required")) is not None
     found = choose_checkpoint(cfg)
     assert found is not None
-    block = resume_block(change(cfg, train={"steps": 21}), found, state=TrainState(step=7, consumed_rows=56))
+    block = resume_block(change(cfg, train={"steps": 21}), found, state=TrainState(step=7, consumed=56))
     assert "go on from step_00000007" in block
     assert "step 7, 56 rows consumed, 6 updates applied" in block
     assert "8 ranks, tensor 4 x pipeline 1, torch 2.13" in block
@@ -73,7 +73,7 @@ def test_other_data(tmp_path: Path) -> None:
 
 def test_state_round_trip() -> None:
     """Counters survive, and damaged ones are refused."""
-    state = TrainState(step=3, consumed_rows=24, text_tokens=5, image_slots=8, substituted=1, skipped_steps=1)
+    state = TrainState(step=3, consumed=24, text_tokens=5, image_slots=8, substituted=1, skipped_steps=1)
     assert TrainState.from_dict(state.as_dict()) == state
     with pytest.raises(CheckpointError, match="the run's counters are"):
         TrainState.from_dict({"step": 3})

@@ -150,22 +150,54 @@ def best_grids(sizes_N2: Int64, *, tile_size: int, grids: tuple[tuple[int, int],
     return np.argmin(np.where(allowed_NK, padding_NK, np.inf), axis=1)
 
 
+def grid_table(tiling: TilingConfig) -> tuple[tuple[int, int], ...]:
+    """Return the grids an image can have, (1, 1) first; :func:`grid_indices` points into it."""
+    if tiling.mode == "none":
+        return ((1, 1),)
+    if tiling.mode == "static":
+        return ((1, 1), _STATIC_GRID)
+    others = (grid for grid in candidate_grids(tiling.min_tiles, tiling.max_tiles) if grid != (1, 1))
+    return ((1, 1), *others)
+
+
+def grid_tiles(tiling: TilingConfig) -> Int64:
+    """Return the tiles of each grid of :func:`grid_table`, overview included, int64 [grids]."""
+    return np.array([rows * columns + (rows * columns > 1) for rows, columns in grid_table(tiling)], dtype=np.int64)
+
+
+def grid_indices(
+    sizes_N2: npt.NDArray[np.integer], images_in_sample_N: Int64, *, tile_size: int, tiling: TilingConfig
+) -> Int64:
+    """Return the grid of many images at once, as ``tile_plan(...).grid`` does for one.
+
+    Args:
+        sizes_N2: [n, 2], height and width, pixels.
+        images_in_sample_N: int64 [n], images of the sample each belongs to.
+        tile_size: side of a tile, pixels.
+        tiling: mode and range of tiles.
+
+    Returns:
+        int64 [n], index into :func:`grid_table`.
+    """
+    found_N = np.zeros(len(sizes_N2), np.int64)
+    if tiling.mode == "none":
+        return found_N
+    split_N = images_in_sample_N <= tiling.max_split_images
+    if tiling.mode == "static":
+        found_N[split_N] = 1
+        return found_N
+    table = grid_table(tiling)
+    grids = candidate_grids(tiling.min_tiles, tiling.max_tiles)
+    place_K = np.array([table.index(grid) for grid in grids], dtype=np.int64)
+    for chosen in np.array_split(np.flatnonzero(split_N), max(1, -(-len(sizes_N2) // _BLOCK))):
+        if chosen.size:
+            best = best_grids(sizes_N2[chosen].astype(np.int64), tile_size=tile_size, grids=grids)
+            found_N[chosen] = place_K[best]
+    return found_N
+
+
 def tile_counts(
     sizes_N2: npt.NDArray[np.integer], images_in_sample_N: Int64, *, tile_size: int, tiling: TilingConfig
 ) -> Int64:
     """Return ``tile_plan(...).num_tiles`` of many images at once, int64 [n]."""
-    counts_N = np.ones(len(sizes_N2), np.int64)
-    if tiling.mode == "none":
-        return counts_N
-    split_N = images_in_sample_N <= tiling.max_split_images
-    if tiling.mode == "static":
-        counts_N[split_N] = _STATIC_GRID[0] * _STATIC_GRID[1] + 1
-        return counts_N
-    grids = candidate_grids(tiling.min_tiles, tiling.max_tiles)
-    tiles_K = np.array([rows * columns for rows, columns in grids], dtype=np.int64)
-    total_K = np.where(tiles_K == 1, 1, tiles_K + 1)
-    for chosen in np.array_split(np.flatnonzero(split_N), max(1, -(-len(sizes_N2) // _BLOCK))):
-        if chosen.size:
-            best = best_grids(sizes_N2[chosen].astype(np.int64), tile_size=tile_size, grids=grids)
-            counts_N[chosen] = total_K[best]
-    return counts_N
+    return grid_tiles(tiling)[grid_indices(sizes_N2, images_in_sample_N, tile_size=tile_size, tiling=tiling)]

@@ -6,6 +6,7 @@ A source is a prefix with these files; the ``.bin``/``.idx`` pairs are Megatron'
     <prefix>_loss_mask.{bin,idx}    uint8, same lengths as the tokens (conversations only): 1 = the token is a target
     <prefix>_images.{bin,idx}       uint8, one sequence an image (encoded bytes), grouped by document
     <prefix>_image_sizes.npy        uint32 [images, 2]: height, width in pixels, after EXIF orientation
+    <prefix>_image_positions.npy    int32 [images]: index of the image's sentinel among the tokens of its document
     <prefix>.json                   the manifest, written last: a prefix without it is not a dataset
 """
 
@@ -63,7 +64,7 @@ def pair_names(kind: str) -> tuple[str, ...]:
 def suffixes(kind: str) -> tuple[str, ...]:
     """File-name endings of a dataset of this kind, without the manifest."""
     pairs = tuple(f"_{name}.{ending}" for name in pair_names(kind) for ending in ("bin", "idx"))
-    return (*pairs, "_image_sizes.npy")
+    return (*pairs, "_image_sizes.npy", "_image_positions.npy")
 
 
 def with_suffix(prefix: str | Path, suffix: str) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -115,6 +116,11 @@ def _read_header(path: Path) -> tuple[int, int, np.dtype[np.generic]]:
     return sequences, entries, np.dtype(DTYPE_CODES[code])
 
 
+def _mapped(prefix: Path, suffix: str) -> npt.NDArray[Any]:
+    """Map an array file; plain arrays are indexed faster than ``np.memmap``, which wraps every result."""
+    return np.asarray(np.load(with_suffix(prefix, suffix), mmap_mode="r"))
+
+
 class IndexedSource:
     """One dataset of the mixture, open for reading.
 
@@ -127,6 +133,7 @@ class IndexedSource:
     Attributes:
         manifest: the checked manifest.
         image_sizes: uint32 [images, 2], height and width.
+        image_positions: int32 [images], index of each image's sentinel among the stored tokens of its document.
 
     Raises:
         DataError: if anything is missing, truncated, foreign, of a newer version, or of another kind, rendering or
@@ -162,7 +169,8 @@ class IndexedSource:
     def _open(self) -> dict[str, PairReader]:
         pairs = {name: PairReader(with_suffix(self.prefix, f"_{name}")) for name in pair_names(self.kind)}
         self._tokens, self._images, self._loss_mask = pairs["tokens"], pairs["images"], pairs.get("loss_mask")
-        self.image_sizes: npt.NDArray[np.uint32] = np.load(with_suffix(self.prefix, "_image_sizes.npy"), mmap_mode="r")
+        self.image_sizes: npt.NDArray[np.uint32] = _mapped(self.prefix, "_image_sizes.npy")
+        self.image_positions: npt.NDArray[np.int32] = _mapped(self.prefix, "_image_positions.npy")
         return pairs
 
     @property
@@ -245,7 +253,7 @@ class IndexedSource:
         documents, images = self.manifest.documents, self.manifest.images
         found = {f"{name} documents": pair.num_documents for name, pair in pairs.items()}
         wrong = {label: count for label, count in found.items() if count != documents}
-        if len(self._images) != images or self.image_sizes.shape != (images, 2):
+        if {len(self._images), len(self.image_sizes), len(self.image_positions)} != {images}:
             wrong["images"] = len(self._images)
         if int(self._tokens.lengths.sum(dtype=np.int64)) != self.manifest.tokens:
             wrong["tokens"] = int(self._tokens.lengths.sum(dtype=np.int64))

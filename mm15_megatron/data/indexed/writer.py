@@ -151,6 +151,7 @@ class DatasetWriter:
         self._sentinel = image_sentinel_id
         self._pairs: dict[str, PairWriter] = {}
         self._sizes = array("I")
+        self._positions = array("i")
         self._tokens = 0
         self._documents = 0
         self._dropped: Counter[str] = Counter()
@@ -213,10 +214,10 @@ class DatasetWriter:
         """
         where = f"document {self._documents} of {self._prefix}"
         ids = _integers(tokens, "int32", stop=_TOKEN_STOP, what=f"{where}: token")
-        sentinels = int(np.count_nonzero(ids == self._sentinel))
-        if sentinels != len(images):
+        sentinels = np.flatnonzero(ids == self._sentinel)
+        if len(sentinels) != len(images):
             raise DataError(
-                f"{where} has {sentinels} image placeholders and {len(images)} images",
+                f"{where} has {len(sentinels)} image placeholders and {len(images)} images",
                 fix="give one image for each placeholder, in order",
             )
         if (loss_mask is not None) != ("loss_mask" in self._pairs):
@@ -233,6 +234,7 @@ class DatasetWriter:
         for image in images:
             self._pairs["images"].add(np.frombuffer(image.data, dtype=np.uint8))
             self._sizes.extend((image.height, image.width))
+        self._positions.extend(sentinels.tolist())
         for pair in self._pairs.values():
             pair.end_document()
         self._tokens += int(ids.size)
@@ -259,6 +261,7 @@ class DatasetWriter:
         for name, pair in self._pairs.items():
             pair.append(source.pair(name))
         self._sizes.frombytes(np.ascontiguousarray(source.image_sizes, dtype=np.uint32).tobytes())
+        self._positions.frombytes(np.ascontiguousarray(source.image_positions, dtype=np.int32).tobytes())
         self._tokens += theirs.tokens
         self._documents += theirs.documents
         self.count_dropped(theirs.dropped)
@@ -278,14 +281,18 @@ class DatasetWriter:
     def _partial(self, suffix: str) -> Path:
         return with_suffix(self._prefix, suffix + _PARTIAL)
 
+    def _save(self, suffix: str, values: npt.NDArray[np.generic]) -> None:
+        with self._partial(suffix).open("wb") as stream:
+            np.save(stream, values)
+            stream.flush()
+            os.fsync(stream.fileno())
+
     def _publish(self) -> None:
         for pair in self._pairs.values():
             pair.finish()
         sizes = np.asarray(self._sizes, dtype=np.uint32).reshape(-1, 2)
-        with self._partial("_image_sizes.npy").open("wb") as stream:
-            np.save(stream, sizes)
-            stream.flush()
-            os.fsync(stream.fileno())
+        self._save("_image_sizes.npy", sizes)
+        self._save("_image_positions.npy", np.asarray(self._positions, dtype=np.int32))
         files = {}
         for suffix in suffixes(self._kind):
             path = self._partial(suffix)

@@ -1,0 +1,117 @@
+"""What packing found in each chunk of an order: a small table on disk, so that a resumed run finds its row at once.
+
+A table is a pure function of its digest. It grows while a run packs, is written by one rank, atomically, and read by
+all; a chunk that it lacks is packed again. Deleting it costs time, never correctness. The file is a SHA-256 of the
+numbers and the numbers, int64 in lines of a fixed length.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+Int64 = npt.NDArray[np.int64]
+
+_DIGEST_BYTES: Final = hashlib.sha256().digest_size
+
+
+class ChunkTable:
+    """One line of whole numbers for each chunk of an order, in order.
+
+    Args:
+        path: the file; None = keep the table in memory alone.
+        columns: numbers of a line.
+        measure: computes the line of a chunk, int64 [columns].
+        writes: whether this process writes the file.
+        together: chunks that become known between two writes of the file.
+    """
+
+    def __init__(
+        self,
+        path: Path | None,
+        *,
+        columns: int,
+        measure: Callable[[int], Int64],
+        writes: bool = False,
+        together: int = 1,
+    ) -> None:
+        self._path = path
+        self._measure = measure
+        self._writes = writes
+        self._together = together
+        self._columns = columns
+        self._sums = np.zeros((1, columns), np.int64)  # before each chunk, and behind the last
+        self._append(self._stored())
+        self._written = len(self)
+
+    def __len__(self) -> int:
+        """Chunks that are known."""
+        return len(self._sums) - 1
+
+    def before(self, chunk: int) -> Int64:
+        """Return the sums over all chunks before ``chunk``, int64 [columns]."""
+        self.extend(chunk)
+        return self._sums[chunk]
+
+    def line(self, chunk: int) -> Int64:
+        """Return the numbers of one chunk."""
+        self.extend(chunk + 1)
+        return self._sums[chunk + 1] - self._sums[chunk]
+
+    def find(self, number: int, *, column: int) -> tuple[int, int]:
+        """Return the chunk that holds item ``number`` of a column that counts items, and the items before the chunk."""
+        while self._sums[-1, column] <= number:
+            self.extend(len(self) + 1)
+        chunk = int(np.searchsorted(self._sums[:, column], number, side="right")) - 1
+        return chunk, int(self._sums[chunk, column])
+
+    def extend(self, chunks: int) -> None:
+        """Make the first ``chunks`` lines known."""
+        if len(self) >= chunks:
+            return
+        while len(self) < chunks:
+            self._append(self._measure(len(self))[None])
+        self._write()
+
+    def add(self, lines: Int64) -> None:
+        """Append the lines of the next chunks, computed elsewhere, int64 [chunks, columns]."""
+        self._append(lines)
+        self._write()
+
+    def _append(self, lines: Int64) -> None:
+        self._sums = np.concatenate((self._sums, self._sums[-1] + np.cumsum(lines, axis=0)))
+
+    def _stored(self) -> Int64:
+        nothing = np.zeros((0, self._columns), np.int64)
+        if self._path is None or not self._path.is_file():
+            return nothing
+        content = self._path.read_bytes()
+        digest, numbers = content[:_DIGEST_BYTES], content[_DIGEST_BYTES:]
+        if hashlib.sha256(numbers).digest() != digest or len(numbers) % (8 * self._columns):
+            return nothing  # damaged: what it would say is computed again
+        return np.frombuffer(numbers, dtype="<i8").reshape(-1, self._columns).astype(np.int64)
+
+    def _write(self) -> None:
+        """Write the file, unless another run with the same order already wrote more of it."""
+        if self._path is None or not self._writes or len(self) - self._written < self._together:
+            return
+        self._written = len(self)
+        if len(self._stored()) >= len(self):
+            return
+        numbers = np.diff(self._sums, axis=0).astype("<i8").tobytes()
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        partial = self._path.with_name(f"{self._path.name}.{os.getpid()}.partial")
+        try:
+            with partial.open("wb") as stream:
+                stream.write(hashlib.sha256(numbers).digest() + numbers)
+                stream.flush()
+                os.fsync(stream.fileno())
+            os.replace(partial, self._path)
+        finally:
+            partial.unlink(missing_ok=True)
