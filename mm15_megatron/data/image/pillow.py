@@ -58,7 +58,7 @@ def sniff(data: Bytes | bytes) -> str:
         return "webp"
     for magic, name in _REFUSED:
         if head.startswith(magic):
-            raise DecodeFailure(f"{name} is refused: transcode it to PNG")
+            raise DecodeFailure(f"{name} is refused: tools/preprocess_*.py store it as PNG, without loss")
     raise DecodeFailure("no bytes" if not head else f"not an allowed image format (starts with {head[:8]!r})")
 
 
