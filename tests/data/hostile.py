@@ -236,7 +236,7 @@ def _png_chunks(rng: Generator, name: str, data: bytes) -> Broken:
         chunks[at] = chunks[at][0], noise
     else:
         kinds = [b"iCCP", b"eXIf", b"PLTE", b"tRNS", b"gAMA", b"cHRM", b"sBIT", b"zTXt", b"iTXt", b"hIST", b"bKGD",
-                 b"pHYs", b"acTL", b"fcTL", b"fdAT", b"sPLT", b"XXXX", b"IEND", b"cICP"]  # fmt: skip
+                 b"pHYs", b"acTL", b"fcTL", b"fdAT", b"sPLT", b"abCd", b"IEND", b"cICP"]  # fmt: skip
         content = noise
         if how == 4:  # a megabyte of zeros behind a kilobyte
             content = b"a\0\0" + zlib.compress(bytes(2**20))
@@ -269,7 +269,7 @@ def _riff(rng: Generator, name: str, data: bytes) -> Broken:
     if how == 0:
         struct.pack_into("<I", found, place, _number(rng, 2**32))
     elif how == 2 and place > 4:
-        names = [b"VP8 ", b"VP8L", b"VP8X", b"ALPH", b"ANIM", b"ANMF", b"ICCP", b"EXIF", b"XXXX"]
+        names = [b"VP8 ", b"VP8L", b"VP8X", b"ALPH", b"ANIM", b"ANMF", b"ICCP", b"EXIF", b"ABCD"]
         found[place - 4 : place] = names[int(rng.integers(len(names)))]
     elif how == 1:
         kind = (b"EXIF", b"ICCP", b"XMP ")[int(rng.integers(3))]
