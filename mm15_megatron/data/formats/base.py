@@ -19,7 +19,8 @@ from mm15_megatron.data.sft import Conversation
 from mm15_megatron.errors import DataError
 
 UNIT_BYTES: Final = 256 * 2**20
-"""Text files are cut into units of about this size."""
+"""Text files are cut into units of at most about this size."""
+_UNITS, _SMALL_UNIT_BYTES = 256, 8 * 2**20
 
 
 @dataclass(frozen=True)
@@ -187,13 +188,19 @@ def _folders(folder: Path, *, above: tuple[str, ...]) -> Iterator[tuple[Path, li
 def line_units(paths: tuple[Path, ...], *, size: int = UNIT_BYTES) -> tuple[Unit, ...]:
     """Cut text files at bytes; :func:`lines` finds the next beginning of a line from there.
 
-    A compressed file is one unit.
+    A compressed file is one unit. What fits into few units of ``size`` is cut into more and smaller ones, so that many
+    processes can share it; the cuts depend on the files alone.
+
+    Args:
+        paths: the files.
+        size: bytes of a unit at most.
 
     Raises:
         DataError: ``size`` is not positive.
     """
     if size < 1:
         raise DataError(f"a unit of {size} bytes", fix="give a positive size")
+    size = min(size, max(_SMALL_UNIT_BYTES, sum(path.stat().st_size for path in paths) // _UNITS))
     units = []
     for path in paths:
         if is_compressed(path):

@@ -1,4 +1,4 @@
-"""Files and folders that are named as input, and what lies behind links."""
+"""Files and folders that are named as input, what lies behind links, and how files are cut into units."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mm15_megatron.data.formats.base import folders_below, input_files
+from mm15_megatron.data.formats.base import UNIT_BYTES, folders_below, input_files, line_units
 from mm15_megatron.errors import DataError
 
 
@@ -35,3 +35,20 @@ def test_input_that_cannot_be_read_once_is_refused(tmp_path: Path) -> None:
     (tmp_path / "in" / "up").symlink_to(tmp_path)
     with pytest.raises(DataError, match=r"in/up/in leads back to .*/in, which holds it\n.*remove the link"):
         input_files((tmp_path / "in",), endings=(".txt",))
+
+
+def test_a_file_of_few_units_is_cut_into_more(tmp_path: Path) -> None:
+    """So that many processes share it: by its size alone, and never into units larger than was asked for."""
+    path, mebi = tmp_path / "large", 2**20
+    for size, asked, found in (
+        (3 * mebi, UNIT_BYTES, [3]),
+        (20 * mebi, UNIT_BYTES, [8, 8, 4]),
+        (20 * mebi, 16 * mebi, [8, 8, 4]),
+        (20 * mebi, 5 * mebi, [5, 5, 5, 5]),
+        (2**40, UNIT_BYTES, [256] * 4096),
+    ):
+        with path.open("wb") as stream:
+            stream.truncate(size)
+        units = line_units((path,), size=asked)
+        assert [((unit.stop or 0) - unit.first) // mebi for unit in units] == found
+        assert [unit.first for unit in units[1:]] == [unit.stop for unit in units[:-1]]
