@@ -31,24 +31,57 @@ from mm15_megatron.errors import DataError
 
 
 @dataclass(frozen=True)
+class SampleRecord:
+    """What one sample put into its row.
+
+    Attributes:
+        source: index of its source in the mixture.
+        document: index of its document inside the source.
+        text_tokens: tokens that are not image slots.
+        image_slots: tokens owned by image tiles.
+        images: images.
+    """
+
+    source: int = 0
+    document: int = 0
+    text_tokens: int = 0
+    image_slots: int = 0
+    images: int = 0
+
+
+@dataclass(frozen=True)
+class Substitution:
+    """An image that did not decode and was replaced: the index of its source, and what happened to which image."""
+
+    source: int
+    message: str
+
+
+@dataclass(frozen=True)
 class RowRecord:
     """What a row of the micro-batch was made of, for the ledger and for error messages.
 
     Attributes:
         row: global index of the row in the training order.
-        sources: name of the source of each sample, in order.
-        documents: document index of each sample inside its source.
-        text_tokens: tokens that are neither image slots nor padding.
-        image_slots: tokens owned by image tiles.
-        substituted: one message for each image that did not decode and was replaced.
+        samples: its samples, in order.
+        padding: tokens that belong to no sample.
+        substituted: images that were replaced.
     """
 
     row: int
-    sources: tuple[str, ...] = ()
-    documents: tuple[int, ...] = ()
-    text_tokens: int = 0
-    image_slots: int = 0
-    substituted: tuple[str, ...] = ()
+    samples: tuple[SampleRecord, ...] = ()
+    padding: int = 0
+    substituted: tuple[Substitution, ...] = ()
+
+    @property
+    def text_tokens(self) -> int:
+        """Tokens that are neither image slots nor padding."""
+        return sum(sample.text_tokens for sample in self.samples)
+
+    @property
+    def image_slots(self) -> int:
+        """Tokens owned by image tiles."""
+        return sum(sample.image_slots for sample in self.samples)
 
 
 @dataclass(frozen=True)
@@ -72,7 +105,8 @@ class MMBatch:
     """One micro-batch for one rank.
 
     All tensors of a batch lie on one device. A stage that does not need a field carries ``None`` there: image fields
-    exist on pipeline stage 0 alone, ``tokens_T`` on the first stage, ``labels_T`` and ``loss_mask_T`` on the last.
+    exist on pipeline stage 0 alone, ``tokens_T`` on the first stage; ``labels_T``, ``loss_mask_T`` and ``sources_T`` on
+    the last.
 
     Attributes:
         segment_bounds_G: int32 [G], cumulative segment bounds of the packed row; first 0, last real bound T, padded
@@ -83,6 +117,8 @@ class MMBatch:
         tokens_T: int64 [T], token ids; image slots hold the image sentinel id.
         labels_T: int64 [T], next token inside the segment, 0 where there is no target.
         loss_mask_T: float32 [T], weight of each target, 0 where there is none.
+        sources_T: int32 [T], index of the source that each token comes from, 0 in padding; None in streams that have no
+            sources.
         tiles_N3HW: float tensor [N, 3, H, W], normalised pixels of this rank's share of the tiles (every tile with a
             tensor-parallel encoder). N is at least 1 wherever the encoder runs: a dummy tile of zeros stands in.
         slots_NP: int64 [N_all, P], positions in T that the tiles of the *whole tensor-parallel group* own, in tile
@@ -99,6 +135,7 @@ class MMBatch:
     tokens_T: torch.Tensor | None = None
     labels_T: torch.Tensor | None = None
     loss_mask_T: torch.Tensor | None = None
+    sources_T: torch.Tensor | None = None
     tiles_N3HW: torch.Tensor | None = None
     slots_NP: torch.Tensor | None = None
     rows: tuple[RowRecord, ...] = field(default=())

@@ -16,6 +16,7 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 from mm15_megatron.config.parse import ParsedRun, parse_run
+from mm15_megatron.config.schema import RunConfig
 from mm15_megatron.errors import BackendError, DataError, MM15Error
 from mm15_megatron.presets import REGISTRY
 
@@ -32,9 +33,28 @@ def main(argv: Sequence[str] | None = None) -> int:
         if parsed.output is not None:
             sys.stdout.write(parsed.output)
             return 0
-        return _train(parsed)
+        return _plan(parsed.config) if parsed.plans else _train(parsed)
     except MM15Error as error:
         return _report(error)
+
+
+def _plan(cfg: RunConfig) -> int:
+    """Print what the run would read; needs no rank, no device and no torch."""
+    from mm15_megatron.config.validate import check_data
+    from mm15_megatron.data.plan import plan_text
+    from mm15_megatron.utils.progress import Progress
+
+    check_data(cfg)
+    bars: dict[str, Progress] = {}
+
+    def tell(done: int, total: int, source: str) -> None:
+        bar = bars.setdefault(source, Progress(total, noun="chunk", stream=sys.stderr))
+        bar.update(done, f"packing an epoch of {source}")
+        if done == total:
+            bar.close()
+
+    sys.stdout.write(plan_text(cfg, tell=tell))
+    return 0
 
 
 def _train(parsed: ParsedRun) -> int:

@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 
 from mm15_megatron.accounting import planned_tiles_per_row
-from mm15_megatron.batch import MMBatch, RowRecord, StepCounts
+from mm15_megatron.batch import MMBatch, RowRecord, SampleRecord, StepCounts
 from mm15_megatron.config.schema import RunConfig
 from mm15_megatron.data.packing import MAX_SAMPLES_PER_ROW
 from mm15_megatron.errors import ConfigError
@@ -62,5 +62,8 @@ def _micro_batch(cfg: RunConfig, rows: range, *, tiles: int, generator: torch.Ge
         loss_mask_T=target_L.float().repeat(len(rows)),
         tiles_N3HW=torch.randn(len(rows) * tiles, 3, size, size, generator=generator),
         slots_NP=torch.cat([slots_NP + length * r for r in range(len(rows))]),
-        rows=tuple(RowRecord(row=r, image_slots=tiles * slots, text_tokens=length - tiles * slots) for r in rows),
+        rows=tuple(
+            RowRecord(r, (SampleRecord(image_slots=tiles * slots, text_tokens=length - tiles * slots, images=tiles),))
+            for r in rows
+        ),
     )

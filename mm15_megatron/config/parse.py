@@ -19,6 +19,7 @@ _COMMANDS = {
     "config": "FILE: YAML sections of options, and optionally `preset: NAME`; may be repeated, later files win",
     "print-config": "print every option with its value and where it came from, then stop",
     "list-presets": "print the presets, then stop",
+    "plan": "pack an epoch of every source, print rows, epochs, shares and disk, keep the tables, then stop",
     "help": "or -h: print this text, then stop",
 }
 
@@ -49,11 +50,13 @@ class ParsedRun:
         origins: by path, where the value came from: ``default``, ``preset NAME: source``, ``file PATH`` or
             ``command line: ARGUMENT``.
         output: text to write instead of running (``--help``, ``--list-presets``, ``--print-config``); None = run.
+        plans: plan the data instead of running (``--plan``).
     """
 
     config: RunConfig
     origins: Mapping[str, str]
     output: str | None = None
+    plans: bool = False
 
 
 @dataclass
@@ -103,7 +106,7 @@ def parse_run(argv: Sequence[str], *, presets: Mapping[str, PresetLike]) -> Pars
     config = with_values(config, typed)
     origins |= {path: f"command line: {argument}" for path, (_, argument) in line.values.items()}
     output = dump_flat(config, notes=origins) if "print-config" in line.commands else None
-    return ParsedRun(config=config, origins=origins, output=output)
+    return ParsedRun(config=config, origins=origins, output=output, plans="plan" in line.commands)
 
 
 def parse(argv: Sequence[str], *, presets: Mapping[str, PresetLike]) -> RunConfig:

@@ -75,6 +75,12 @@ def _data_units(config: RunConfig, world_size: int) -> None:
             "one number of them",
             fix="set kernels.cuda_graph_scope=[], or data.batch_unit=rows",
         )
+    if data.decoder == "dali_gpu" and (data.num_workers or config.parallel.device != "cuda"):
+        raise ConfigError(
+            f"data.decoder = dali_gpu decodes on the device of the training process, found data.num_workers = "
+            f"{data.num_workers} and parallel.device = {config.parallel.device}",
+            fix="set data.num_workers=0 and parallel.device=cuda, or data.decoder=dali",
+        )
     together = data.shuffle_block * data.shuffle_window
     if data.shuffle == "blocks" and not (data.shuffle_block > 0 < data.shuffle_window and together <= 2**20):
         raise ConfigError(
@@ -114,3 +120,5 @@ TRAINING_RULES: tuple[Rule, ...] = (_schedule, _something_trains, _sources, _dat
 NOT_TRAINED_RECIPES: tuple[Rule, ...] = (_no_adafactor,)
 LEFT_TO_THE_USER: tuple[Rule, ...] = (_training_sources, _tokenizer, _run_directory)
 """What no preset can know."""
+DATA_RULES: tuple[Rule, ...] = (_sources, _data_units, _training_sources, _tokenizer)
+"""What decides which rows there are, whatever trains on them."""

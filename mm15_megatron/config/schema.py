@@ -216,7 +216,13 @@ class DataConfig:
         1, "processes that decode images for each rank that reads them; 0 = in the training process"
     )
     prefetch_factor: int = option(2, "micro-batches each worker prepares ahead")
-    decoder: str = option("dali", "image decoder", choices=("dali", "pil"), flag="image-decoder")
+    decoder: str = option(
+        "dali",
+        "image decoder: dali = on the CPU; dali_gpu = decoded and resized on the rank's GPU (not measured); pil = the "
+        "reference",
+        choices=("dali", "dali_gpu", "pil"),
+        flag="image-decoder",
+    )
     max_image_pixels: int = option(64_000_000, "larger images are refused before they are decoded")
     on_bad_image: str = option(
         "substitute",

@@ -15,7 +15,7 @@ from mm15_megatron.config.rules_layout import (
 from mm15_megatron.config.rules_model import MODEL_RULES, tiles_of_split_image
 from mm15_megatron.config.rules_overlap import OVERLAP_RULES
 from mm15_megatron.config.rules_precision import PRECISION_RULES
-from mm15_megatron.config.rules_training import LEFT_TO_THE_USER, NOT_TRAINED_RECIPES, TRAINING_RULES
+from mm15_megatron.config.rules_training import DATA_RULES, LEFT_TO_THE_USER, NOT_TRAINED_RECIPES, TRAINING_RULES
 from mm15_megatron.config.schema import RunConfig
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "NOT_TRAINED_YET",
     "RULES",
     "Rule",
+    "check_data",
     "check_split",
     "data_parallel_size",
     "expert_tensor_size",
@@ -61,6 +62,16 @@ def validate(config: RunConfig, *, world_size: int) -> None:
     """
     for rule in RULES:
         rule(config, world_size)
+
+
+def check_data(config: RunConfig) -> None:
+    """Check that the data of ``config`` can become rows.
+
+    Raises:
+        ConfigError: the first rule that fails, with the values and the fix.
+    """
+    for rule in (*MODEL_RULES, *DATA_RULES):
+        rule(config, 1)
 
 
 def check_split(config: RunConfig, *, world_size: int) -> None:

@@ -8,7 +8,7 @@ from typing import Final
 
 import torch
 
-from mm15_megatron.batch import MMBatch, RankView, StepCounts, TileShare, tile_share
+from mm15_megatron.batch import MMBatch, RankView, StepCounts, Substitution, TileShare, tile_share
 from mm15_megatron.config.schema import RunConfig, VisionConfig
 from mm15_megatron.data.image.decoder import Decoded, ImageDecoder, build_decoder
 from mm15_megatron.data.image.pillow import Bytes
@@ -130,6 +130,7 @@ def collate(
         tokens_T=layout.tokens_T,
         labels_T=layout.labels_T,
         loss_mask_T=layout.loss_mask_T,
+        sources_T=layout.sources_T,
         rows=layout.records,
     )
     return _with_images(batch, layout, view=view, tiles=tiles, fetch=fetch) if view.reads_images else batch
@@ -143,11 +144,11 @@ def _with_images(
     share = owned if view.shares_tiles else TileShare(start=0, stop=total, padded=max(1, total))
     tiles_N3TT, problems = tiles.load(layout.images, fetch, share=share)
     # Several ranks may decode the same image; the one that owns its first tile reports it, so that sums are exact.
-    messages: list[list[str]] = [[] for _ in layout.records]
+    found: list[list[Substitution]] = [[] for _ in layout.records]
     for image, reason in problems:
         if owned.start <= image.first_tile < owned.stop:
-            messages[image.row].append(f"{image.label}: {reason}")
-    records = tuple(replace(r, substituted=tuple(m)) for r, m in zip(layout.records, messages, strict=True))
+            found[image.row].append(Substitution(image.ref.source, f"{image.label}: {reason}"))
+    records = tuple(replace(r, substituted=tuple(s)) for r, s in zip(layout.records, found, strict=True))
     return replace(batch, tiles_N3HW=tiles_N3TT, slots_NP=layout.slots_NP, rows=records)
 
 

@@ -207,9 +207,9 @@ class Loader:
             ) from error
         finally:
             self.wait_seconds += time.perf_counter() - start
-        for message in (message for row in batch.rows for message in row.substituted):
+        for replaced in (one for row in batch.rows for one in row.substituted):
             self.substituted += 1
-            _LOGGER.warning("replaced by the mean colour: %s", message)
+            _LOGGER.warning("replaced by the mean colour: %s", replaced.message)
         if self._tells:
             self._tell_losses()
         return batch

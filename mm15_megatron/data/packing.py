@@ -135,8 +135,9 @@ def pack(sizes: Sizes, rules: PackingRules) -> Int64:
 
     Where rows hold few samples and one cap binds, best fit: the largest samples first, each into the fullest row that
     still takes it. Small samples are spread over rows instead, and so are samples for which two caps bind (captions of
-    many words: images and tokens), where filling row after row would use up one cap and waste the other. Samples are placed many at a time, in a few hundred vectorised steps whatever their
-    number. All arithmetic is on integers: the result is the same on every machine.
+    many words: images and tokens), where filling row after row would use up one cap and waste the other. Samples are
+    placed many at a time, in a few hundred vectorised steps whatever their number. All arithmetic is on integers: the
+    result is the same on every machine.
 
     Args:
         sizes: of N samples, each of which fits an empty row.

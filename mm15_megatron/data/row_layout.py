@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from mm15_megatron.batch import RowRecord
+from mm15_megatron.batch import RowRecord, SampleRecord
 from mm15_megatron.data.image.geometry import TilePlan
 from mm15_megatron.data.packing import PackingRules
 from mm15_megatron.data.samples import ImageRef, Sample
@@ -54,6 +54,7 @@ class Layout:
     tokens_T: torch.Tensor
     labels_T: torch.Tensor
     loss_mask_T: torch.Tensor
+    sources_T: torch.Tensor
     slots_NP: torch.Tensor
     images: tuple[PlacedImage, ...]
     records: tuple[RowRecord, ...]
@@ -83,12 +84,13 @@ def lay_out(rows: Sequence[tuple[int, Sequence[Sample]]], rules: PackingRules) -
     size = len(rows) * length
     tokens, labels = np.zeros(size, np.int64), np.zeros(size, np.int64)
     weights, positions = np.zeros(size, np.float32), np.zeros(size, np.int64)
-    padding = np.ones(size, np.bool_)
+    padding, sources = np.ones(size, np.bool_), np.zeros(size, np.int32)
     bounds, slots = [0], [np.zeros((0, rules.slots_per_tile), np.int64)]
     images: list[PlacedImage] = []
     records: list[RowRecord] = []
     for number, (row, samples) in enumerate(rows):
         at, end = number * length, (number + 1) * length
+        held = []
         for sample in samples:
             plans = rules.plans(sample.images, images_in_sample=sample.images_in_document)
             segment = _expand(sample, plans, rules)
@@ -101,14 +103,16 @@ def lay_out(rows: Sequence[tuple[int, Sequence[Sample]]], rules: PackingRules) -
                 )
             tokens[at:stop], labels[at:stop], weights[at:stop] = segment.tokens, segment.labels, segment.weights
             positions[at:stop], padding[at:stop] = np.arange(stop - at), False
+            sources[at:stop] = sample.source_index
             _place_images(images, sample, plans, row=number)
             slots.append(segment.slots + at)
             bounds.append(stop)
+            held.append(_record(sample, segment))
             at = stop
         if at < end:
             positions[at:end] = np.arange(end - at)
             bounds.append(end)
-        records.append(_record(row, samples, used=at - number * length, slots=slots[len(slots) - len(samples) :]))
+        records.append(RowRecord(row, tuple(held), padding=end - at))
     bounds += [size] * (rules.num_bounds(len(rows)) - len(bounds))
     return Layout(
         segment_bounds_G=torch.tensor(bounds, dtype=torch.int32),
@@ -117,6 +121,7 @@ def lay_out(rows: Sequence[tuple[int, Sequence[Sample]]], rules: PackingRules) -
         tokens_T=torch.from_numpy(tokens),
         labels_T=torch.from_numpy(labels),
         loss_mask_T=torch.from_numpy(weights),
+        sources_T=torch.from_numpy(sources),
         slots_NP=torch.from_numpy(np.concatenate(slots)),
         images=tuple(images),
         records=tuple(records),
@@ -166,6 +171,16 @@ def _image_tokens(sample: Sample, number: int, plan: TilePlan, rules: PackingRul
     return np.concatenate([part for text in texts for part in (np.array(text, np.int64), slots)])
 
 
+def _record(sample: Sample, segment: _Segment) -> SampleRecord:
+    return SampleRecord(
+        source=sample.source_index,
+        document=sample.document,
+        text_tokens=len(segment.tokens) - segment.slots.size,
+        image_slots=segment.slots.size,
+        images=len(sample.images),
+    )
+
+
 def _target_weight(targets: int, normalisation: str) -> float:
     """Weight of each of a sample's targets."""
     if normalisation == "token" or targets == 0:
@@ -178,14 +193,3 @@ def _place_images(images: list[PlacedImage], sample: Sample, plans: Sequence[Til
         first = images[-1].first_tile + images[-1].plan.num_tiles if images else 0
         label = f"image {sample.first_image + number} of document {sample.document} of source {sample.source!r}"
         images.append(PlacedImage(ref, plan, first, row, label))
-
-
-def _record(row: int, samples: Sequence[Sample], *, used: int, slots: Sequence[Int64]) -> RowRecord:
-    image_slots = sum(positions.size for positions in slots)
-    return RowRecord(
-        row=row,
-        sources=tuple(sample.source for sample in samples),
-        documents=tuple(sample.document for sample in samples),
-        text_tokens=used - image_slots,
-        image_slots=image_slots,
-    )

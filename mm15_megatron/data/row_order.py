@@ -16,6 +16,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
+from mm15_megatron.data.ledger import Seen
 from mm15_megatron.data.mixture import Mixture
 from mm15_megatron.data.packing import PackingRules
 from mm15_megatron.data.permutation import derive_key
@@ -121,6 +122,18 @@ class RowOrder:
             for place, held in zip(mine.tolist(), samples, strict=True):
                 tasks[place] = RowTask(first + place, held)
         return RowRange(tuple(task for task in tasks if task is not None), tiles)
+
+    def seen(self, consumed: int) -> tuple[Seen, ...]:
+        """Return how far a run that consumed so many units has come in each source."""
+        samples = consumed
+        if self._options.mixes_samples and self._options.batch_unit == "rows" and consumed:
+            # the samples of the rows consumed, as if a mixed chunk's rows were alike
+            chunk, before = self._mixed_table.find(consumed - 1, column=0)
+            rows = int(self._mixed_table.line(chunk)[0])
+            samples = chunk * self._options.chunk_samples
+            samples += (consumed - before) * self._options.chunk_samples // rows
+        counts = self.mixture.count_before(samples).tolist()
+        return tuple(source.seen(count) for source, count in zip(self.sources, counts, strict=True))
 
     def rows_before_repeat(self, limit: int) -> int:
         """Return how many rows from row 0 on show no document twice, at most ``limit`` (work grows with it).

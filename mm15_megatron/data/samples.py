@@ -53,7 +53,8 @@ class Sample:
         tokens: int64 [n], one image sentinel where each image stands.
         loss_mask: bool [n], True where the token is a target.
         images: one reference for each sentinel, in order.
-        source: name of the source, for the ledger and for errors.
+        source: name of the source, for errors.
+        source_index: its index in the mixture, for the ledger.
         document: index of the document inside the source.
         first_image: number, inside the document, of the first of ``images``.
         images_in_document: images of the whole document, which decide whether they are split.
@@ -63,6 +64,7 @@ class Sample:
     loss_mask: npt.NDArray[np.bool_]
     images: tuple[ImageRef, ...]
     source: str
+    source_index: int
     document: int
     first_image: int
     images_in_document: int
@@ -78,7 +80,7 @@ class Sample:
         document: int = 0,
     ) -> Sample:
         """Return a sample that is a whole document."""
-        return cls(tokens, loss_mask, images, source, document, 0, len(images))
+        return cls(tokens, loss_mask, images, source, 0, document, 0, len(images))
 
 
 def read_sample(source: IndexedSource, ref: SampleRef) -> Sample:
@@ -104,4 +106,4 @@ def read_sample(source: IndexedSource, ref: SampleRef) -> Sample:
         for item in range(begin + first, begin + stop)
     )
     mask = source.loss_mask(document)[ref.first : ref.stop]
-    return Sample(tokens, mask, images, source.name, document, first, end - begin)
+    return Sample(tokens, mask, images, source.name, ref.source, document, first, end - begin)

@@ -21,6 +21,7 @@ import numpy.typing as npt
 
 from mm15_megatron.data.epoch_order import CHUNK_DOCUMENTS, EpochOrder, Shuffle
 from mm15_megatron.data.indexed.reader import IndexedSource
+from mm15_megatron.data.ledger import Seen
 from mm15_megatron.data.packing import MAX_SAMPLES_PER_ROW, PACKING_VERSION, PackingRules, Sizes, pack
 from mm15_megatron.data.permutation import permute
 from mm15_megatron.data.pieces import COUNTED, REASONS, Pieces, cut_documents
@@ -247,6 +248,7 @@ class OrderedSource:
 
     Attributes:
         name: name of the source.
+        kind: captions | interleaved | text | conversations.
         size: its documents.
         content: digest of its files.
         chunks: chunks of an epoch.
@@ -255,6 +257,7 @@ class OrderedSource:
 
     def __init__(self, reader: IndexedSource, index: int, rules: PackingRules, options: OrderOptions) -> None:
         self.name = reader.name
+        self.kind = reader.kind
         self.size = reader.num_documents
         self.content = reader.manifest.digest
         self.stream = SourceStream(reader, index, rules, options)
@@ -274,6 +277,17 @@ class OrderedSource:
     def counts(self, line: Int64) -> PackingReport:
         """Give the numbers of a sum of lines their names."""
         return PackingReport(self.name, self.size, dict(zip(COUNTED, line.tolist(), strict=False)))
+
+    def seen(self, units: int) -> Seen:
+        """Return how far the first ``units`` rows (or samples, where they are mixed) come."""
+        if not units:
+            return Seen(0.0, {}, 0)
+        column = _SAMPLES if self._by_sample else len(COUNTED)
+        chunk, before = self.table.find(units - 1, column=column)
+        line, begun = self.table.line(chunk), self.counts(self.table.before(chunk + 1))
+        share = (units - before) / int(line[column])
+        documents = begun.counts["documents"] - (1 - share) * int(line[COUNTED.index("documents")])
+        return Seen(documents / self.size, begun.dropped, begun.counts["truncated_tokens"])
 
     def rows(self, first: int, stop: int) -> tuple[list[tuple[SampleRef, ...]], Int64]:
         """Return the samples and the tiles of the rows [first, stop)."""

@@ -33,7 +33,7 @@ def stage_fields(batch: MMBatch, *, topology: Topology) -> MMBatch:
     if not topology.is_first_stage:
         batch = replace(batch, tokens_T=None, tiles_N3HW=None, slots_NP=None)
     if not topology.is_last_stage:
-        batch = replace(batch, labels_T=None, loss_mask_T=None)
+        batch = replace(batch, labels_T=None, loss_mask_T=None, sources_T=None)
     return batch
 
 

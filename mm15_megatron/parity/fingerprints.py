@@ -95,7 +95,7 @@ def token_spans(batch: MMBatch) -> tuple[Span, ...]:
     spans: list[Span] = []
     for index, row in enumerate(batch.rows):
         at = index * length
-        owners: list[Key] = [(SAMPLE, sample) for sample in row.documents]
+        owners: list[Key] = [(SAMPLE, sample.document) for sample in row.samples]
         for stop in (bound for bound in bounds if index * length < bound <= (index + 1) * length):
             if stop > at:
                 spans.append((owners.pop(0) if owners else (PADDING, row.row), at, stop))

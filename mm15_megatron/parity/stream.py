@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from mm15_megatron.batch import MMBatch, RowRecord, StepCounts
+from mm15_megatron.batch import MMBatch, RowRecord, SampleRecord, StepCounts
 from mm15_megatron.config.schema import RunConfig
 from mm15_megatron.errors import ConfigError
 
@@ -150,7 +150,7 @@ def batch_of_rows(rows: Sequence[Row | Sequence[Segment]], cfg: RunConfig, *, ma
             at = packed.put(segment, at)
             tiles.append(segment.tiles)
         packed.pad(at, end)
-        records.append(RowRecord(row=row.number, documents=tuple(segment.sample for segment in row.segments)))
+        records.append(RowRecord(row.number, tuple(SampleRecord(document=segment.sample) for segment in row.segments)))
     total = s * len(rows)
     bounds = packed.bounds + [total] * (len(rows) * max_segments + 1 - len(packed.bounds))
     return MMBatch(

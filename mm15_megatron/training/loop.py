@@ -5,15 +5,18 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from mm15_megatron.accounting import step_flops
+from mm15_megatron.data.ledger import COUNTS, Ledger
 from mm15_megatron.data.loader import StepShape
 from mm15_megatron.training.optimizer import learning_rates
 from mm15_megatron.training.run import Run
 from mm15_megatron.training.schedule import apply_schedule
 from mm15_megatron.training.signals import EXIT_INTERRUPTED, StopRequest
-from mm15_megatron.training.state import Counts, global_counts
+from mm15_megatron.training.state import global_counts
 from mm15_megatron.training.step import StepOutput, train_step
 from mm15_megatron.training.validate import held_out_figures
 
@@ -24,7 +27,7 @@ class Taken:
 
     Attributes:
         output: what the step did.
-        counts: what its rows held, over all ranks.
+        counts: what its rows held, over all ranks, int64 [lines of the ledger, counts].
         shape: units, rows and micro-batches of its global batch.
         factor: share of the peak learning rate.
         seconds: wall time of the step, up to the end of its work on the device.
@@ -32,7 +35,7 @@ class Taken:
     """
 
     output: StepOutput
-    counts: Counts
+    counts: npt.NDArray[np.int64]
     shape: StepShape
     factor: float
     seconds: float
@@ -61,18 +64,24 @@ def run(training: Run, *, request: StopRequest) -> int:
         if stopped_by := request.agreed(device=device):
             if training.state.step > saved_step:
                 training.save()
+            training.progress.line(training.ledger_text())
             training.progress.line(
                 f"stopped by {stopped_by} after step {training.state.step}; the same command goes on from here"
             )
             return EXIT_INTERRUPTED
         taken = take_step(training)
         figures = step_figures(training, taken)
+        if training.writer is not None and (
+            _due(training.state.step, cfg.logging.log_interval) or training.state.step == steps
+        ):
+            figures |= ledger_figures(training)
         if _due(training.state.step, cfg.train.validation_interval) and not request.agreed(device=device):
             figures |= held_out_figures(training.parts, view=training.topology.view)
         report(training, taken, figures)
         if training.state.step == steps or _due(training.state.step, cfg.checkpoint.save_interval):
             training.save()
             saved_step = training.state.step
+    training.progress.line(training.ledger_text())
     return 0
 
 
@@ -93,8 +102,10 @@ def take_step(training: Run) -> Taken:
     torch.distributed.all_reduce(wait, op=torch.distributed.ReduceOp.MAX)
     longest = float(wait.item())  # waits for the device, which otherwise still runs the optimizer
     seconds = time.perf_counter() - started
-    counts = global_counts(training.feed.rows, topology=topology)
-    training.state = state.after(counts, units=shape.units, applied=output.applied)
+    sources = state.ledger.sources
+    counts = global_counts(training.feed.rows, sources=sources, topology=topology)
+    loss = np.array(output.by_source, dtype=np.float64).reshape(sources, 2)
+    training.state = state.after(counts, loss=loss, units=shape.units, applied=output.applied)
     return Taken(output, counts, shape, factor, seconds, wait=longest)
 
 
@@ -106,7 +117,8 @@ def step_figures(training: Run, taken: Taken) -> dict[str, float | int | None]:
     by ``peak_tflops``.
     """
     cfg, output, seconds = training.cfg, taken.output, taken.seconds
-    tiles = taken.counts.image_slots // cfg.connector.num_tokens
+    held = dict(zip(COUNTS, taken.counts.sum(axis=0).tolist(), strict=True))
+    tokens, tiles = held["text_tokens"] + held["image_slots"], held["image_slots"] // cfg.connector.num_tokens
     tflop = step_flops(cfg, rows=taken.shape.rows, tiles=tiles).total / 1e12
     per_rank = tflop / (seconds * training.topology.place.world_size)
     return {
@@ -120,17 +132,39 @@ def step_figures(training: Run, taken: Taken) -> dict[str, float | int | None]:
         "data/global_batch": taken.shape.units,
         "data/rows": taken.shape.rows,
         f"data/consumed_{cfg.data.batch_unit}": training.state.consumed,
-        "data/substituted_images": training.state.substituted,
-        "data/fill": taken.counts.tokens / (taken.shape.rows * cfg.data.seq_length),
+        "data/substituted_images": int(training.state.ledger.column("substituted").sum()),
+        "data/fill": tokens / (taken.shape.rows * cfg.data.seq_length),
+        **_source_losses(training.state.ledger, output),
         "data/wait_share": taken.wait / seconds,
         "speed/seconds": seconds,
-        "speed/tokens_per_second": taken.counts.tokens / seconds,
+        "speed/tokens_per_second": tokens / seconds,
         "speed/tiles_per_second": tiles / seconds,
         "speed/model_tflop": tflop,
         "speed/model_tflops_per_rank": per_rank,
         "speed/peak_tflops": training.peak,
         "speed/utilisation": per_rank / training.peak if training.peak else None,
     }
+
+
+def _source_losses(ledger: Ledger, output: StepOutput) -> dict[str, float | int | None]:
+    """Mean loss of the step's targets of each source; None where it had none."""
+    pairs = zip(ledger.names, output.by_source, strict=False)
+    return {f"loss/{name}": loss / weight if weight else None for name, (loss, weight) in pairs}
+
+
+def ledger_figures(training: Run) -> dict[str, float | int | None]:
+    """What was consumed of each source since the start of the run."""
+    ledger = training.state.ledger
+    seen = training.feed.loader.order.seen(training.state.consumed)
+    figures: dict[str, float | int | None] = {}
+    for number, name in enumerate(ledger.names):
+        counts = dict(zip(COUNTS, ledger.counts[number].tolist(), strict=True))
+        figures |= {f"ledger/{name}/{what}": count for what, count in counts.items()}
+    for name, loss, one in zip(ledger.names, ledger.mean_losses(), seen, strict=False):
+        figures[f"ledger/{name}/loss"] = loss
+        figures[f"ledger/{name}/epochs"] = one.epochs
+        figures[f"ledger/{name}/left_out"] = sum(one.left_out.values())
+    return figures
 
 
 def _router_figures(output: StepOutput) -> dict[str, float | int | None]:

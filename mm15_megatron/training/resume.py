@@ -6,6 +6,7 @@ from mm15_megatron.checkpoint.publish import checkpoints_folder, published
 from mm15_megatron.checkpoint.store import Checkpoint, check_same_model, open_latest
 from mm15_megatron.config.dump import diff, value_text
 from mm15_megatron.config.schema import RunConfig
+from mm15_megatron.data.row_order import RowOrder
 from mm15_megatron.errors import CheckpointError
 from mm15_megatron.training.state import TrainState
 
@@ -36,21 +37,31 @@ def choose_checkpoint(cfg: RunConfig) -> Checkpoint | None:
     return checkpoint
 
 
-def check_same_data(checkpoint: Checkpoint, cfg: RunConfig, *, digest: str) -> None:
+def check_same_data(checkpoint: Checkpoint, cfg: RunConfig, *, order: RowOrder) -> None:
     """Refuse to go on with rows in another order: the number of rows consumed would mean something else.
 
     Raises:
-        CheckpointError: the digests differ; lists what changed in the options that decide the order.
+        CheckpointError: the digests differ; lists what changed in the options and sources that decide the order.
     """
+    digest = order.digest
     if checkpoint.data_digest == digest:
         return
-    sections = ("data.", "tiling.", "connector.num_tokens", "train.seed")
-    changes = [c for c in diff(checkpoint.config, cfg) if c.path.startswith(sections)]
-    listed = "".join(f"\n    {c.path}: {value_text(c.left)} -> {value_text(c.right)}" for c in changes)
+    sections = ("data.", "tiling.", "connector.num_tokens", "train.seed", "train.steps")
+    changes = [
+        f"{c.path}: {value_text(c.left)} -> {value_text(c.right)}"
+        for c in diff(checkpoint.config, cfg)
+        if c.path.startswith(sections)
+    ]
+    ledger = TrainState.from_dict(checkpoint.progress).ledger
+    before = dict(zip(ledger.contents[: ledger.sources], ledger.names, strict=False))
+    now = {source.content: source.name for source in order.sources}
+    changes += [f"source {before[content]} is not there any more" for content in before if content not in now]
+    changes += [f"source {now[content]} is new, or its content changed" for content in now if content not in before]
     raise CheckpointError(
-        f"the order of the training data is not the checkpoint's ({digest[:12]}, not {checkpoint.data_digest[:12]}): "
-        + (f"options changed:{listed}" if changes else "the content of a source changed"),
-        fix="restore the data and its options, or start a new run directory",
+        f"the order of the training data is not the checkpoint's ({digest[:12]}, not {checkpoint.data_digest[:12]}):"
+        + "".join(f"\n    {change}" for change in changes),
+        fix="restore the data and its options; weights can be changed ahead of time by `changes` of a source; or start "
+        "a new run directory",
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
@@ -13,6 +13,7 @@ from megatron.core.distributed import DistributedDataParallel
 from mm15_megatron.batch import MMBatch, RowRecord
 from mm15_megatron.checkpoint.store import Checkpoint, load_training, save_checkpoint
 from mm15_megatron.config.schema import RunConfig
+from mm15_megatron.data.ledger import Ledger, ledger_text
 from mm15_megatron.data.loader import Loader, build_loader
 from mm15_megatron.data.open_order import run_shares, write_tables
 from mm15_megatron.models.backend import open_tensor_parallel_buffers
@@ -95,12 +96,13 @@ class Run:
         topology = build_topology(cfg.parallel, place=place)
         seed_everything(cfg.train.seed, topology=topology)
         checkpoint = on_rank_zero(lambda: choose_checkpoint(cfg))
-        state = TrainState() if checkpoint is None else TrainState.from_dict(checkpoint.progress)
+        stored = None if checkpoint is None else TrainState.from_dict(checkpoint.progress)
         on_rank_zero(lambda: write_tables(cfg))
-        loader = build_loader(cfg, view=topology.view, consumed=state.consumed)
+        loader = build_loader(cfg, view=topology.view, consumed=stored.consumed if stored else 0)
         stack.callback(loader.close)
         if checkpoint is not None:
-            check_same_data(checkpoint, cfg, digest=loader.digest)
+            check_same_data(checkpoint, cfg, order=loader.order)
+        state = _with_ledger(stored, loader)
         if cfg.parallel.tp_comm_overlap:
             stack.callback(open_tensor_parallel_buffers(cfg))
         parts = _build_parts(cfg, topology)
@@ -142,6 +144,11 @@ class Run:
             progress.line(f"  metrics            {writer.dropped} records after step {state.step} dropped, taken again")
         return cls(cfg, parts, feed, state, peak_tflops(cfg, device=parts.topology.device), progress, writer)
 
+    def ledger_text(self) -> str:
+        """Return the ledger for people."""
+        seen = self.feed.loader.order.seen(self.state.consumed)
+        return ledger_text(self.state.ledger, seen, seq_length=self.cfg.data.seq_length)
+
     def save(self) -> None:
         """Publish a checkpoint of the current step (every rank must call)."""
         folder = save_checkpoint(
@@ -154,6 +161,15 @@ class Run:
             progress=self.state.as_dict(),
         )
         self.progress.line(f"saved {folder}")
+
+
+def _with_ledger(stored: TrainState | None, loader: Loader) -> TrainState:
+    """Return where the run stands, its ledger under the names that the sources have now."""
+    sources = loader.order.sources
+    names = [source.name for source in sources]
+    if stored is None:
+        return TrainState.start(Ledger.empty(names, [s.kind for s in sources], [s.content for s in sources]))
+    return replace(stored, ledger=stored.ledger.renamed(names))
 
 
 def _fair_threads(place: Rendezvous) -> int:

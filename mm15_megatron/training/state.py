@@ -3,34 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from mm15_megatron.batch import RowRecord
+from mm15_megatron.data.ledger import Ledger, count_rows
 from mm15_megatron.errors import CheckpointError
 from mm15_megatron.parallel.topology import Topology
 
-
-@dataclass(frozen=True)
-class Counts:
-    """What a set of rows held.
-
-    Attributes:
-        text_tokens: tokens that are neither image slots nor padding.
-        image_slots: tokens owned by image tiles.
-        substituted: images that did not decode and were replaced.
-    """
-
-    text_tokens: int = 0
-    image_slots: int = 0
-    substituted: int = 0
-
-    @property
-    def tokens(self) -> int:
-        """Real tokens: text and image slots, no padding."""
-        return self.text_tokens + self.image_slots
+Int64 = npt.NDArray[np.int64]
+Float64 = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -41,65 +27,72 @@ class TrainState:
         step: optimizer steps taken, skipped ones included; what the learning-rate schedule counts.
         consumed: rows (or samples, ``data.batch_unit``) of the training order that were used; the one number from which
             the data resumes.
-        text_tokens: as in :class:`Counts`.
-        image_slots: as in :class:`Counts`.
-        substituted: as in :class:`Counts`.
         skipped_steps: steps that updated nothing: loss or gradients were not finite, or no row had a target.
+        ledger: what the consumed rows held.
     """
 
-    step: int = 0
-    consumed: int = 0
-    text_tokens: int = 0
-    image_slots: int = 0
-    substituted: int = 0
-    skipped_steps: int = 0
+    step: int
+    consumed: int
+    skipped_steps: int
+    ledger: Ledger
 
-    def after(self, counts: Counts, *, units: int, applied: bool) -> TrainState:
-        """Return the state after one more step."""
+    @classmethod
+    def start(cls, ledger: Ledger) -> TrainState:
+        """Return the state of a run that has taken no step."""
+        return cls(0, 0, 0, ledger)
+
+    def after(self, counts: Int64, *, loss: Float64, units: int, applied: bool) -> TrainState:
+        """Return the state after one more step.
+
+        Args:
+            counts: what its rows held (:func:`global_counts`).
+            loss: float64 [sources, 2], weighted sum of the losses of each source and sum of the weights.
+            units: rows or samples that it consumed.
+            applied: whether it updated the weights.
+        """
         return TrainState(
             step=self.step + 1,
             consumed=self.consumed + units,
-            text_tokens=self.text_tokens + counts.text_tokens,
-            image_slots=self.image_slots + counts.image_slots,
-            substituted=self.substituted + counts.substituted,
             skipped_steps=self.skipped_steps + (not applied),
+            ledger=self.ledger.after(counts, loss=loss),
         )
 
-    def as_dict(self) -> dict[str, int]:
+    def as_dict(self) -> dict[str, Any]:
         """Return the counters as plain values."""
-        return asdict(self)
+        return {
+            "step": self.step,
+            "consumed": self.consumed,
+            "skipped_steps": self.skipped_steps,
+            "ledger": self.ledger.as_dict(),
+        }
 
     @staticmethod
     def from_dict(values: Mapping[str, Any]) -> TrainState:
         """Read what :meth:`as_dict` wrote.
 
         Raises:
-            CheckpointError: a counter is missing, unknown or no whole number.
+            CheckpointError: a counter is missing, unknown or no whole number, or the ledger cannot be read.
         """
-        names = {f.name for f in fields(TrainState)}
-        if values.keys() != names or not all(isinstance(value, int) for value in values.values()):
+        names = {"step", "consumed", "skipped_steps"}
+        counters = {name: value for name, value in values.items() if name != "ledger"}
+        if counters.keys() != names or not all(type(value) is int for value in counters.values()):
             raise CheckpointError(
-                f"the run's counters are {dict(values)}, expected whole numbers for {sorted(names)}",
+                f"the run's counters are {counters}, expected whole numbers for {sorted(names)}",
                 fix="restore state.json of the checkpoint, or name another one in `latest`",
             )
-        return TrainState(**values)
+        return TrainState(**counters, ledger=Ledger.from_dict(values.get("ledger", {})))
 
 
-def global_counts(rows: Iterable[RowRecord], *, topology: Topology) -> Counts:
-    """Add up what this step's rows held, over all ranks (every rank must call).
+def global_counts(rows: Iterable[RowRecord], *, sources: int, topology: Topology) -> Int64:
+    """Count what this step's rows held, over all ranks (every rank must call).
 
     The ranks of one data-parallel place hold the same rows, so the first of them counts the tokens; a bad image is
     reported by exactly one of them (``RowRecord.substituted``).
+
+    Returns:
+        int64 [sources + 2, counts], as :func:`~mm15_megatron.data.ledger.count_rows`, equal on every rank.
     """
-    rows = tuple(rows)
-    counts_tokens = topology.is_first_stage and topology.tile_rank == 0
-    sums = torch.tensor(
-        [
-            sum(row.text_tokens for row in rows) if counts_tokens else 0,
-            sum(row.image_slots for row in rows) if counts_tokens else 0,
-            sum(len(row.substituted) for row in rows),
-        ],
-        device=topology.device,
-    )
-    torch.distributed.all_reduce(sums)
-    return Counts(*sums.tolist())
+    mine = count_rows(rows, sources=sources, tokens=topology.is_first_stage and topology.tile_rank == 0)
+    total = torch.from_numpy(mine).to(topology.device)
+    torch.distributed.all_reduce(total)
+    return total.cpu().numpy()

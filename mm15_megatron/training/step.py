@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import tee
+from typing import Final
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
@@ -30,6 +31,8 @@ from mm15_megatron.parallel.topology import Topology
 from mm15_megatron.training.cuda_graphs import LayerGraphs
 from mm15_megatron.training.losses import LossKernels, loss_kernels, target_losses, vocabulary_shard
 from mm15_megatron.training.router_figures import RouterFigures, begin_step, router_figures, router_totals
+
+_WHOLE: Final = 3  # sums over all tokens, in front of those of the sources
 
 
 @dataclass(frozen=True)
@@ -70,12 +73,14 @@ class LossSums:
         squared_lse: weighted sum of logsumexp ** 2.
         weight: sum of the target weights.
         router: what the routers of each sparse layer did; empty for a dense model and in evaluation.
+        by_source: (weighted sum of token losses, sum of weights) of each source of the mixture.
     """
 
     cross_entropy: float
     squared_lse: float
     weight: float
     router: tuple[RouterFigures, ...] = ()
+    by_source: tuple[tuple[float, float], ...] = ()
 
     @property
     def loss(self) -> float:
@@ -94,6 +99,7 @@ class StepOutput:
         grad_norm: global gradient norm before clipping.
         applied: False when nothing was updated: loss or gradients were not finite, or there was no target.
         router: what the routers of each sparse layer did; empty for a dense model.
+        by_source: (weighted sum of token losses, sum of weights) of each source of the mixture.
     """
 
     loss: float
@@ -102,24 +108,29 @@ class StepOutput:
     grad_norm: float
     applied: bool
     router: tuple[RouterFigures, ...] = ()
+    by_source: tuple[tuple[float, float], ...] = ()
 
 
 class _Sums:
-    """Adds up [cross-entropy, squared lse, weight], fp64 on the device.
+    """Adds up [cross-entropy, squared lse, weight, then cross-entropy and weight of each source], fp64 on the device.
 
     Attributes:
         total: over this rank's micro-batches; after :meth:`share` over the global batch, on every rank.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self.total = torch.zeros(3, dtype=torch.float64, device=device)
+    def __init__(self, device: torch.device, *, sources: int) -> None:
+        self.total = torch.zeros(_WHOLE + 2 * sources, dtype=torch.float64, device=device)
 
     def share(self, topology: Topology) -> torch.Tensor:
         self.total = global_sum(self.total, topology)
         return self.total
 
-    def add(self, values: torch.Tensor) -> None:
-        self.total += values.detach()
+    def add(self, per_token_3T: torch.Tensor, sources_T: torch.Tensor | None) -> None:
+        """Add the weighted values of the tokens of a micro-batch."""
+        self.total[:_WHOLE] += per_token_3T.sum(dim=1).double()
+        if sources_T is not None and len(self.total) > _WHOLE:
+            by_source_S2 = self.total[_WHOLE:].view(-1, 2)
+            by_source_S2.index_add_(0, sources_T, per_token_3T[[0, 2]].T.double())
 
 
 def train_step(parts: StepParts, batches: Iterator[MMBatch], *, num_microbatches: int) -> StepOutput:
@@ -147,7 +158,9 @@ def train_step(parts: StepParts, batches: Iterator[MMBatch], *, num_microbatches
     sums, grad_norm = _loss_sums(values, parts.cfg), math.sqrt(square)
     applied = _update(optimizer, grad_norm, allowed=not overflow and math.isfinite(sums.loss))
     z_loss = sums.squared_lse / sums.weight if sums.weight else math.nan
-    return StepOutput(sums.loss, z_loss, sums.weight, grad_norm, applied=applied, router=sums.router)
+    return StepOutput(
+        sums.loss, z_loss, sums.weight, grad_norm, applied=applied, router=sums.router, by_source=sums.by_source
+    )
 
 
 def apply_gradients(optimizer: ChainedOptimizer, *, loss_is_finite: bool = True) -> tuple[float, bool]:
@@ -184,7 +197,7 @@ def accumulate_gradients(parts: StepParts, batches: Iterator[MMBatch], *, num_mi
 def accumulate_on_device(parts: StepParts, batches: Iterator[MMBatch], *, num_microbatches: int) -> torch.Tensor:
     """What :func:`accumulate_gradients` does, with its sums left on the device: fp64, the losses' and the routers'."""
     cfg, topology = parts.cfg, parts.topology
-    sums = _Sums(topology.device)
+    sums = _Sums(topology.device, sources=len(cfg.data.sources))
     batches = begin_step(parts.chunks, batches, cfg=cfg, topology=topology)
     set_gradient_hook(
         parts,
@@ -196,20 +209,26 @@ def accumulate_on_device(parts: StepParts, batches: Iterator[MMBatch], *, num_mi
 
 def _loss_sums(values: Sequence[float], cfg: RunConfig) -> LossSums:
     """Name what :func:`accumulate_on_device` returned, read from the device."""
-    cross_entropy, squared_lse, weight, *routers = values
-    return LossSums(cross_entropy, squared_lse, weight, router=router_figures(routers, cfg=cfg))
+    stop = _WHOLE + 2 * len(cfg.data.sources)
+    router = router_figures(values[stop:], cfg=cfg)
+    return LossSums(*values[:_WHOLE], router=router, by_source=_pairs(values[_WHOLE:stop]))
+
+
+def _pairs(values: Sequence[float]) -> tuple[tuple[float, float], ...]:
+    return tuple(zip(values[::2], values[1::2], strict=True))
 
 
 @torch.no_grad()
 def evaluate_step(parts: StepParts, batches: Iterator[MMBatch], *, num_microbatches: int) -> LossSums:
     """Run forward only and return the sums over the global batch."""
-    sums = _Sums(parts.topology.device)
+    sums = _Sums(parts.topology.device, sources=len(parts.cfg.data.validation_sources))
     for chunk in parts.chunks:
         chunk.eval()
     _run_schedule(parts, batches, sums, num_microbatches=num_microbatches, forward_only=True)
     for chunk in parts.chunks:
         chunk.train()
-    return LossSums(*sums.share(parts.topology).tolist())
+    values = sums.share(parts.topology).tolist()
+    return LossSums(*values[:_WHOLE], by_source=_pairs(values[_WHOLE:]))
 
 
 def set_gradient_hook(parts: StepParts, hook: Callable[[Sequence[DistributedDataParallel]], None]) -> None:
@@ -282,6 +301,6 @@ def _loss(
         kernels=parts.loss_kernels,
         z_loss_coeff=language.z_loss_coeff,
     )
-    per_token_3T = torch.stack((losses.cross_entropy_T, losses.squared_lse_T, torch.ones_like(weight_T)))
-    sums.add((per_token_3T * weight_T).sum(dim=1).double())
+    per_token_3T = torch.stack((losses.cross_entropy_T, losses.squared_lse_T, torch.ones_like(weight_T))) * weight_T
+    sums.add(per_token_3T, None if batch.sources_T is None else topology.own_tokens(batch.sources_T))
     return losses.total, torch.zeros((), dtype=torch.int, device=topology.device), {}

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from mm15_megatron.checkpoint.store import open_latest
 from mm15_megatron.config.schema import RunConfig
+from mm15_megatron.data.ledger import Ledger
 from mm15_megatron.errors import CheckpointError
 from mm15_megatron.training.resume import check_same_data, choose_checkpoint, resume_block
 from mm15_megatron.training.state import TrainState
 
 from ..checkpoint.test_store import published_checkpoint
+from ..data.rows import RULES, row_order, text_source
 from ..helpers.layouts import change, debug_config
 
+LEDGER = Ledger.empty(["pairs"], ["captions"], ["c0"])
 LAYOUT = {"world_size": 8, "tensor_model_parallel_size": 4, "pipeline_model_parallel_size": 1}
 
 
@@ -26,7 +31,7 @@ def test_fresh(tmp_path: Path) -> None:
     """Without checkpoints a run starts, unless it must not."""
     assert choose_checkpoint(_config(tmp_path)) is None
     assert choose_checkpoint(_config(tmp_path, "never")) is None
-    assert "fresh start" in resume_block(_config(tmp_path), None, state=TrainState())
+    assert "fresh start" in resume_block(_config(tmp_path), None, state=TrainState.start(LEDGER))
     with pytest.raises(CheckpointError, match="resume = 'required', but .* holds no checkpoint"):
         choose_checkpoint(_config(tmp_path, "required"))
 
@@ -38,7 +43,7 @@ def test_going_on(tmp_path: Path) -> None:
     assert choose_checkpoint(_config(tmp_path, "required")) is not None
     found = choose_checkpoint(cfg)
     assert found is not None
-    block = resume_block(change(cfg, train={"steps": 21}), found, state=TrainState(step=7, consumed=56))
+    block = resume_block(change(cfg, train={"steps": 21}), found, state=TrainState(7, 56, 1, LEDGER))
     assert "go on from step_00000007" in block
     assert "step 7, 56 rows consumed, 6 updates applied" in block
     assert "8 ranks, tensor 4 x pipeline 1, torch 2.13" in block
@@ -59,22 +64,28 @@ def test_refused(tmp_path: Path) -> None:
 
 
 def test_other_data(tmp_path: Path) -> None:
-    """A changed order is refused with the options that changed it, or the word that a source did."""
+    """A changed order is refused with the options and the sources that changed it."""
     cfg = _config(tmp_path)
-    published_checkpoint(tmp_path, cfg)
+    reader = text_source(tmp_path / "books", [5, 6])
+    order = row_order([reader], [1.0])
+    ledger = Ledger.empty(["books"], ["text"], [reader.manifest.digest])
+    published_checkpoint(tmp_path, cfg, data_digest=order.digest, progress=TrainState.start(ledger).as_dict())
     found = open_latest(tmp_path)
     assert found is not None
-    check_same_data(found, cfg, digest="d")
-    with pytest.raises(CheckpointError, match=r"options changed:\n +data.seq_length: 128 -> 256"):
-        check_same_data(found, change(cfg, data={"seq_length": 256}), digest="other")
-    with pytest.raises(CheckpointError, match="the content of a source changed"):
-        check_same_data(found, cfg, digest="other")
+    check_same_data(found, cfg, order=order)
+    longer = row_order([reader], [1.0], replace(RULES, seq_length=64))
+    with pytest.raises(CheckpointError, match=r"(?s)is not the checkpoint's .*\n +data.seq_length: 128 -> 256"):
+        check_same_data(found, change(cfg, data={"seq_length": 256}), order=longer)
+    rebuilt = row_order([text_source(tmp_path / "more", [5, 6, 7])], [1.0])
+    with pytest.raises(CheckpointError, match=r"(?s)source books is not there any more\n +source more is new, or its"):
+        check_same_data(found, cfg, order=rebuilt)
 
 
 def test_state_round_trip() -> None:
     """Counters survive, and damaged ones are refused."""
-    state = TrainState(step=3, consumed=24, text_tokens=5, image_slots=8, substituted=1, skipped_steps=1)
-    assert TrainState.from_dict(state.as_dict()) == state
+    ledger = LEDGER.after(np.ones_like(LEDGER.counts), loss=np.array([[1.5, 2.0]]))
+    state = TrainState(step=3, consumed=24, skipped_steps=1, ledger=ledger)
+    assert TrainState.from_dict(state.as_dict()).as_dict() == state.as_dict()
     with pytest.raises(CheckpointError, match="the run's counters are"):
         TrainState.from_dict({"step": 3})
     with pytest.raises(CheckpointError, match="the run's counters are"):
