@@ -220,6 +220,23 @@ def written(numbers: tuple[int, ...]) -> str:
     return f"<{','.join(map(str, numbers))}>"
 
 
+@dataclass(frozen=True)
+class Written:
+    """A point (two numbers) or a box (four) of a text, which stands at ``text[start:stop]``."""
+
+    start: int
+    stop: int
+    numbers: tuple[int, ...]
+
+
+def find_written(text: str) -> tuple[Written, ...]:
+    """Return every point and box of a text, in order."""
+    return tuple(
+        Written(*found.span(), tuple(int(n) for n in found.groups() if n is not None))
+        for found in _WRITTEN.finditer(text)
+    )
+
+
 def read_written(text: str) -> tuple[tuple[int, ...], ...]:
     """Return the numbers of every point and box of a text, in order."""
-    return tuple(tuple(int(n) for n in found.groups() if n is not None) for found in _WRITTEN.finditer(text))
+    return tuple(found.numbers for found in find_written(text))

@@ -133,14 +133,19 @@ def _parts(tasks: Sequence[_Task], *, workers: int) -> Iterator[Integrity]:
 def _check(task: _Task) -> Integrity:
     source, found = IndexedSource(task.prefix), Integrity(task.stop - task.first)
     for document in range(task.first, task.stop):
-        for problem, detail in _problems(source, document, task):
+        for problem, detail in document_problems(
+            source, document, decode=task.decode, max_image_pixels=task.max_image_pixels
+        ):
             found.problems[problem] += 1
             if len(found.examples) < _SHOWN:
                 found.examples.append(f"document {document}: {problem}" + (f": {detail}" if detail else ""))
     return found
 
 
-def _problems(source: IndexedSource, document: int, task: _Task) -> Iterator[tuple[str, str]]:
+def document_problems(
+    source: IndexedSource, document: int, *, decode: bool, max_image_pixels: int
+) -> Iterator[tuple[str, str]]:
+    """Yield (problem, detail) of everything that is wrong with a document, see :func:`check_documents`."""
     tokens, sentinel = source.tokens(document), source.manifest.image_sentinel_id
     first, stop = int(source.image_index[document]), int(source.image_index[document + 1])
     places = np.flatnonzero(tokens == sentinel)
@@ -161,7 +166,7 @@ def _problems(source: IndexedSource, document: int, task: _Task) -> Iterator[tup
         stored = tuple(int(side) for side in source.image_sizes[item])
         try:
             data = source.image_bytes(item).tobytes()
-            image = check_image(data, max_pixels=task.max_image_pixels, decode=task.decode)
+            image = check_image(data, max_pixels=max_image_pixels, decode=decode)
         except DataError as error:
             yield "an image cannot be used", f"image {item - first}: {error.problem}"
             continue

@@ -41,6 +41,16 @@ class TileMaker:
         resized = _dali_resize() if pixels_HWC.is_cuda else _resized
         return torch.cat([self._view_tiles(pixels_HWC, view, resized) for view in plan.views])
 
+    def pixels(self, tiles_N3TT: torch.Tensor) -> torch.Tensor:
+        """Return the colours of normalised tiles, uint8 [N, T, T, 3]: of what :meth:`tiles` makes, the exact pixels.
+
+        Args:
+            tiles_N3TT: float32 [N, 3, T, T].
+        """
+        device = tiles_N3TT.device
+        colours = tiles_N3TT / self._inverse_std_C11.to(device) + self._mean_C11.to(device)
+        return colours.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
+
     def blank(self, count: int) -> torch.Tensor:
         """Return ``count`` tiles of the mean colour, float32 zeros [count, 3, T, T]."""
         return torch.zeros(count, 3, self.tile_size, self.tile_size)
