@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from mm15_megatron.bench.data.turns import (
     drop_from_page_cache,
     in_turn,
     others_at_work,
+    others_watched,
     spread,
     times_as_fast,
     tree_core_seconds,
@@ -32,7 +34,7 @@ CIRCUMSTANCES = {
     "rounds": 3,
     "machine": {"processor": "a processor", "cores": 2, "memory_gib": 4.0, "python": "3.11"},
     "libraries": {"numpy": "2"},
-    "cores_of_others": {"before": 0.0, "after": 0.5},
+    "cores_of_others": {"before": 0.0, "during": 0.5, "share_of_seconds": 0.75, "after": 0.0},
 }
 
 
@@ -71,6 +73,10 @@ def test_children_are_counted_among_our_own_seconds() -> None:
     subprocess.run([sys.executable, "-c", "sum(range(3_000_000))"], check=True)
     assert tree_core_seconds() > before
     assert others_at_work(seconds=0.01) >= 0
+    with others_watched(every=0.01) as found:
+        time.sleep(0.1)
+    assert found
+    assert min(found) >= 0
 
 
 def test_dropped_pages_are_read_again(tmp_path: Path) -> None:
@@ -108,7 +114,7 @@ def test_a_record_keeps_other_cases(tmp_path: Path) -> None:
     assert "| a wait | s | 0.2 | 0.1 - 0.3 | 0.5: met |" in text
     assert "Not measured: others: not installed." in text
     assert "Not run: no disk." in text
-    assert "0.00 cores before and 0.50 after it: the machine was not quiet" in text
+    assert "0.50 cores in the median second, more than 0.1 in 75% of the seconds: the machine was not quiet" in text
     write(path, {"images": CIRCUMSTANCES | CaseResult(not_run="no disk").content()})
     assert read(tmp_path / "data.cpu.json")["images"]["not_run"] == ""
 

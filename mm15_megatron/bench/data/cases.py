@@ -6,6 +6,7 @@ A new case is a function from :class:`Request` to :class:`CaseResult` and one li
 from __future__ import annotations
 
 import os
+import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from mm15_megatron.bench.data.loading import loader
 from mm15_megatron.bench.data.opening import opening
 from mm15_megatron.bench.data.outcome import CaseResult, Request
 from mm15_megatron.bench.data.preprocess import preprocess
-from mm15_megatron.bench.data.turns import others_at_work
+from mm15_megatron.bench.data.turns import others_at_work, others_watched
 from mm15_megatron.errors import ConfigError, did_you_mean
 from mm15_megatron.evaluation.report import commit, library_versions, machine_facts
 
@@ -29,6 +30,7 @@ CASES: Final[Mapping[str, Callable[[Request], CaseResult]]] = {
     "loader": loader,
 }
 _LOOK_SECONDS: Final = 1.0
+_CALM_LOOKS: Final = 5
 QUIET: Final = 0.1
 """Cores that other programs may occupy on a machine that counts as quiet."""
 
@@ -88,8 +90,11 @@ def run_case(name: str, request: Request, *, command: str, patience: float = 0.0
     """
     before = _wait_for_quiet(patience)
     began = time.perf_counter()
-    result = CASES[name](request)
+    with others_watched(every=_LOOK_SECONDS) as during:
+        result = CASES[name](request)
     seconds = time.perf_counter() - began
+    after = others_at_work(seconds=_LOOK_SECONDS)
+    during = during or [after]
     facts = {
         "command": command,
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -98,15 +103,22 @@ def run_case(name: str, request: Request, *, command: str, patience: float = 0.0
         "machine": machine_facts(),
         "libraries": library_versions(),
         "commit": commit(),
-        "cores_of_others": {"before": round(before, 2), "after": round(others_at_work(seconds=_LOOK_SECONDS), 2)},
+        "cores_of_others": {
+            "before": round(before, 2),
+            "during": round(statistics.median(during), 2),
+            "share_of_seconds": round(sum(one > QUIET for one in during) / len(during), 3),
+            "after": round(after, 2),
+        },
         "load_average_after": [round(value, 2) for value in os.getloadavg()],
     }
     return Ran(name, result, facts)
 
 
 def _wait_for_quiet(patience: float) -> float:
-    """Return the cores that others occupy, as soon as they are few, or after ``patience`` seconds."""
-    deadline = time.monotonic() + patience
-    while (others := others_at_work(seconds=_LOOK_SECONDS)) > QUIET and time.monotonic() < deadline:
-        time.sleep(_LOOK_SECONDS)
-    return others
+    """Return the cores that others occupy, as soon as they have been few for a while, or after ``patience`` seconds."""
+    deadline, calm = time.monotonic() + patience, 0
+    while True:
+        others = others_at_work(seconds=_LOOK_SECONDS)
+        calm = calm + 1 if others <= QUIET else 0
+        if calm == _CALM_LOOKS or time.monotonic() >= deadline:
+            return others

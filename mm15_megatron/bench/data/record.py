@@ -15,6 +15,8 @@ from mm15_megatron.errors import DataError
 from mm15_megatron.evaluation.report import write_report
 
 TITLE = "# The data path beside its peers"
+DISTURBED = 0.1
+"""Share of the seconds in which other programs may be at work on a machine that counts as quiet."""
 READING = (
     "A ratio is how many times as fast ours is: above 1, ours is faster. It is the median over pairs of turns that "
     "follow each other, with quartiles; contenders take turns at the same work, and who begins changes. Nothing here "
@@ -60,13 +62,13 @@ def _figures(found: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def _circumstances(content: Mapping[str, Any]) -> str:
     machine, others = content["machine"], content["cores_of_others"]
-    quiet = "quiet" if max(others.values()) <= QUIET else "not quiet"
+    quiet = "was quiet" if others["share_of_seconds"] <= DISTURBED else "was not quiet"
     versions = ", ".join(f"{name} {number}" for name, number in (content["libraries"] | content["versions"]).items())
     return (
         f"`{content['command']}`, {content['rounds']} turns each, {content['seconds']:.0f} s, {content['finished']}; "
         f"{machine['processor']}, {machine['cores']} cores, {machine['memory_gib']} GiB, Python {machine['python']}; "
-        f"{versions}. Other programs took {others['before']:.2f} cores before and {others['after']:.2f} after it: the "
-        f"machine was {quiet}."
+        f"{versions}. Other programs took {others['during']:.2f} cores in the median second, more than {QUIET:g} in "
+        f"{others['share_of_seconds']:.0%} of the seconds: the machine {quiet}."
     )
 
 

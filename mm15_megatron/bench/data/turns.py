@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import statistics
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -89,6 +91,27 @@ def others_at_work(*, seconds: float) -> float:
     before, began = _busy_seconds(), time.perf_counter()
     time.sleep(seconds)
     return (_busy_seconds() - before) / (time.perf_counter() - began)
+
+
+@contextmanager
+def others_watched(*, every: float) -> Iterator[list[float]]:
+    """Fill the list with the cores that other programs occupy, looking ``every`` so many seconds inside the block."""
+    found: list[float] = []
+    done = threading.Event()
+
+    def look() -> None:
+        busy, mine, began = _busy_seconds(), tree_core_seconds(), time.perf_counter()
+        while not done.wait(every):
+            then, busy, mine, began = (busy, mine, began), _busy_seconds(), tree_core_seconds(), time.perf_counter()
+            found.append(max(0.0, (busy - then[0] - (mine - then[1])) / (began - then[2])))
+
+    thread = threading.Thread(target=look, name="watch", daemon=True)
+    thread.start()
+    try:
+        yield found
+    finally:
+        done.set()
+        thread.join()
 
 
 def _busy_seconds() -> float:
