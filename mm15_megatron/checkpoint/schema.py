@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from megatron.core.dist_checkpointing import ShardedTensor
@@ -65,6 +66,18 @@ class StateToLoad:
     restore: Callable[[Mapping[str, torch.Tensor]], None]
 
 
+class Resized(Protocol):
+    """A replicated tensor that is stored in another size than the model's.
+
+    Attributes:
+        stored_shape: shape of the stored tensor.
+    """
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]: ...  # noqa: D102
+    def apply(self, stored: torch.Tensor) -> torch.Tensor: ...  # noqa: D102
+
+
 def model_key(name: str) -> str:
     """Key of a parameter."""
     return f"model.{name}"
@@ -112,6 +125,46 @@ def weights_to_load(chunks: Sequence[nn.Module]) -> StateToLoad:
             item.parameter.copy_(loaded[key].reshape(item.parameter.shape))
 
     return StateToLoad({key: _request(item, key, item.parameter.dtype) for key, item in items.items()}, restore)
+
+
+def weights_to_start(
+    chunks: Sequence[DistributedDataParallel],
+    optimizer: MegatronOptimizer,
+    *,
+    resized: Mapping[str, Resized],
+) -> StateToLoad:
+    """Request the parameters alone, as the initial weights of a run with a fresh optimizer.
+
+    They are read in fp32: the masters take them as they are stored, and the model's parameters follow the masters.
+
+    Args:
+        chunks: this rank's wrapped model chunks.
+        optimizer: a freshly built optimizer over them; its moments and its count start at zero.
+        resized: by key, the tables that are stored in another size.
+    """
+    items = {item.parameter: item for item in global_parameters(unwrapped(chunks))}
+    held = pieces(optimizer)
+    tensors = {}
+    for item in items.values():
+        key = model_key(item.name)
+        if key in resized:
+            stored = torch.empty(resized[key].stored_shape, dtype=torch.float32, device="meta")
+            tensors[key] = ShardedTensor.from_rank_offsets(key, stored, replica_id=0).without_data()
+        else:
+            tensors[key] = _request(item, key, torch.float32)
+
+    @torch.no_grad()
+    def restore(loaded: Mapping[str, torch.Tensor]) -> None:
+        weights = {key: resized[key].apply(loaded[key]) if key in resized else loaded[key] for key in tensors}
+        for item in items.values():
+            if not item.parameter.requires_grad:
+                item.parameter.copy_(weights[model_key(item.name)].reshape(item.parameter.shape))
+        for piece in held:
+            piece.write("master", weights[model_key(items[piece.parameter].name)])
+        set_step(optimizer, 0)
+        publish_masters(optimizer, chunks)
+
+    return StateToLoad(tensors, restore)
 
 
 def training_to_load(

@@ -31,12 +31,13 @@ from mm15_megatron.utils.ranks import on_rank_zero
 FORMAT_VERSION = 1
 _TENSORS, _CONFIG, _STATE = "tensors", "config.txt", "state.json"
 _MODEL_SECTIONS = ("language", "moe", "vision", "connector")
-_TRAINING_ONLY = {
+TRAINING_ONLY = {
     "language.z_loss_coeff",
     "language.init_method_std",
     "moe.moe_aux_loss_coeff",
     "moe.moe_z_loss_coeff",
 }
+"""Options of the model's sections that a run may change when it resumes."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,11 @@ class Checkpoint:
     progress: Mapping[str, Any]
     layout: Mapping[str, Any]
     versions: Mapping[str, str]
+
+    @property
+    def tensors(self) -> Path:
+        """Where its tensors lie."""
+        return self.folder / _TENSORS
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
@@ -111,7 +117,7 @@ def model_differences(saved: RunConfig, wanted: RunConfig) -> list[Difference]:
     return [
         change
         for change in diff(saved, wanted)
-        if change.path.partition(".")[0] in _MODEL_SECTIONS and change.path not in _TRAINING_ONLY
+        if change.path.partition(".")[0] in _MODEL_SECTIONS and change.path not in TRAINING_ONLY
     ]
 
 
@@ -204,7 +210,7 @@ def load_training(
         CheckpointError: it holds another model, lacks or adds tensors, or is damaged.
     """
     check_same_model(checkpoint, cfg)
-    tensors = checkpoint.folder / _TENSORS
+    tensors = checkpoint.tensors
     expected = schema.expected_shapes(chunks, with_optimizer=True)
     torch_dist.check_contents(tensors, expected, ignored_prefixes=(schema.FP8_PREFIX,))
     wanted = schema.training_to_load(chunks, optimizer, optimizer_step=checkpoint.optimizer_step)
@@ -221,7 +227,7 @@ def load_weights(checkpoint: Checkpoint, cfg: RunConfig, chunks: Sequence[nn.Mod
         CheckpointError: it holds another model, lacks or adds parameters, or is damaged.
     """
     check_same_model(checkpoint, cfg)
-    tensors = checkpoint.folder / _TENSORS
+    tensors = checkpoint.tensors
     expected = schema.expected_shapes(chunks, with_optimizer=False)
     torch_dist.check_contents(tensors, expected, ignored_prefixes=(schema.OPTIMIZER_PREFIX, schema.FP8_PREFIX))
     wanted = schema.weights_to_load(chunks)

@@ -8,6 +8,7 @@ the calling process.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from pickle import UnpicklingError
 
@@ -81,9 +82,39 @@ def stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     return {key: tuple(tensor.global_shape) for key, tensor in stored.items()}
 
 
-def check_contents(
+@dataclass(frozen=True)
+class Mismatch:
+    """Where what is stored differs from what all ranks together expect.
+
+    Attributes:
+        missing: expected keys that are not stored.
+        unknown: stored keys that nobody expects.
+        reshaped: by key, the stored whole shape and the expected one, where they differ.
+    """
+
+    missing: frozenset[str]
+    unknown: frozenset[str]
+    reshaped: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]
+
+    def without(self, reshaped: Collection[str]) -> Mismatch:
+        """Return the same without these tensors of another shape."""
+        left = {key: shapes for key, shapes in self.reshaped.items() if key not in reshaped}
+        return replace(self, reshaped=left)
+
+    def problems(self) -> list[str]:
+        """Return a clause for each kind of difference that there is; all keys are counted, the first ones listed."""
+        reshaped = {f"{key} {list(stored)}, here {list(here)}" for key, (stored, here) in self.reshaped.items()}
+        clauses = [
+            _listing("missing in the checkpoint", self.missing),
+            _listing("unknown to this model", self.unknown),
+            _listing("of another shape", reshaped),
+        ]
+        return [clause for clause in clauses if clause]
+
+
+def compare_contents(
     folder: Path, expected: Mapping[str, tuple[int, ...]], *, ignored_prefixes: tuple[str, ...] = ()
-) -> None:
+) -> Mismatch:
     """Compare what is stored with what all ranks together expect (every rank must call).
 
     Args:
@@ -92,29 +123,36 @@ def check_contents(
         ignored_prefixes: stored keys that nobody has to want.
 
     Raises:
-        CheckpointError: tensors are missing, unknown or of another shape; all are counted, the first ones listed.
+        CheckpointError: if the folder is not a readable checkpoint.
     """
     stored = stored_shapes(folder)
     shares: list[Mapping[str, tuple[int, ...]]] = [{}] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(shares, dict(expected))
     wanted = {key: shape for share in shares for key, shape in share.items()}
-    problems = [
-        _listing("missing in the checkpoint", wanted.keys() - stored.keys()),
-        _listing(
-            "unknown to this model", {k for k in stored.keys() - wanted.keys() if not k.startswith(ignored_prefixes)}
-        ),
-        _listing(
-            "of another shape",
-            {
-                f"{k} {list(stored[k])}, here {list(wanted[k])}"
-                for k in stored.keys() & wanted.keys()
-                if stored[k] != wanted[k]
-            },
-        ),
-    ]
-    if found := [problem for problem in problems if problem]:
+    both = stored.keys() & wanted.keys()
+    return Mismatch(
+        missing=frozenset(wanted.keys() - stored.keys()),
+        unknown=frozenset(key for key in stored.keys() - wanted.keys() if not key.startswith(ignored_prefixes)),
+        reshaped={key: (stored[key], wanted[key]) for key in sorted(both) if stored[key] != wanted[key]},
+    )
+
+
+def check_contents(
+    folder: Path, expected: Mapping[str, tuple[int, ...]], *, ignored_prefixes: tuple[str, ...] = ()
+) -> None:
+    """Refuse a checkpoint that does not hold what all ranks together expect (every rank must call).
+
+    Args:
+        folder: as in :func:`compare_contents`.
+        expected: as there.
+        ignored_prefixes: as there.
+
+    Raises:
+        CheckpointError: tensors are missing, unknown or of another shape; all are counted, the first ones listed.
+    """
+    if problems := compare_contents(folder, expected, ignored_prefixes=ignored_prefixes).problems():
         raise CheckpointError(
-            f"{folder} does not hold this model and optimizer: " + "; ".join(found),
+            f"{folder} does not hold this model and optimizer: " + "; ".join(problems),
             fix="resume with the configuration beside the checkpoint (config.txt), or start a new run directory",
         )
 

@@ -194,6 +194,11 @@ TABLE: tuple[Row, ...] = (
         lambda s: s.cfg.precision.fp8 is None or not s.cfg.precision.first_last_layers_bf16,
     ),
     Row(
+        "checkpoint.init_from",
+        "a run that must resume starts from no other one (checkpoint.resume = required)",
+        lambda s: s.cfg.checkpoint.resume == "required",
+    ),
+    Row(
         "data.row_dealing",
         "one data-parallel rank takes every row, in order",
         lambda s: s.data_parallel == 1,

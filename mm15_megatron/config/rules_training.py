@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from mm15_megatron.config.rule import Rule, not_trained
 from mm15_megatron.config.schema import RunConfig, SourceConfig
 from mm15_megatron.errors import ConfigError
@@ -116,9 +118,24 @@ def _run_directory(config: RunConfig, world_size: int) -> None:
         raise ConfigError(f"train.run_dir = {config.train.run_dir!r} names no directory", fix="give train.run_dir=PATH")
 
 
+def _init_from(config: RunConfig, world_size: int) -> None:
+    source, own = config.checkpoint.init_from, Path(config.train.run_dir).resolve()
+    if not source:
+        return
+    if not source.strip():
+        raise ConfigError(f"checkpoint.init_from = {source!r} names no checkpoint", fix="give a path, or remove it")
+    place = Path(source).resolve()
+    if place == own or own in place.parents:
+        raise ConfigError(
+            f"checkpoint.init_from = {source} is of train.run_dir = {config.train.run_dir}: a run takes its first "
+            "weights from another one, and resumes from itself",
+            fix="choose another train.run_dir, or remove checkpoint.init_from to go on where this run was",
+        )
+
+
 TRAINING_RULES: tuple[Rule, ...] = (_schedule, _something_trains, _sources, _data_units)
 NOT_TRAINED_RECIPES: tuple[Rule, ...] = (_no_adafactor,)
-LEFT_TO_THE_USER: tuple[Rule, ...] = (_training_sources, _tokenizer, _run_directory)
+LEFT_TO_THE_USER: tuple[Rule, ...] = (_training_sources, _tokenizer, _run_directory, _init_from)
 """What no preset can know."""
 DATA_RULES: tuple[Rule, ...] = (_sources, _data_units, _training_sources, _tokenizer)
 """What decides which rows there are, whatever trains on them."""

@@ -449,6 +449,11 @@ class CheckpointConfig:
         "beside one; required = refuse to start without one",
         choices=("auto", "never", "required"),
     )
+    init_from: str = option(
+        "",
+        "a fresh start takes the weights alone of this checkpoint: a folder .../checkpoints/step_00001234, or a run "
+        "directory, whose latest one is taken; empty = random weights",
+    )
     format: str = option("torch_dist", "checkpoint format", choices=("torch_dist",), flag="ckpt-format")
 
 

@@ -1,8 +1,14 @@
-"""Start or go on: decided once, from the tracker and ``checkpoint.resume`` alone, and printed as one block."""
+"""Start or go on: decided once, from the tracker and ``checkpoint.resume`` alone, and printed as one block.
+
+Whatever resumes has its weights from its own checkpoint; ``checkpoint.init_from`` is asked at a fresh start alone.
+"""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from mm15_megatron.checkpoint.publish import checkpoints_folder, published
+from mm15_megatron.checkpoint.start import Start, find_start
 from mm15_megatron.checkpoint.store import Checkpoint, check_same_model, open_latest
 from mm15_megatron.config.dump import diff, value_text
 from mm15_megatron.config.schema import RunConfig
@@ -65,23 +71,70 @@ def check_same_data(checkpoint: Checkpoint, cfg: RunConfig, *, order: RowOrder) 
     )
 
 
-def resume_block(cfg: RunConfig, checkpoint: Checkpoint | None, *, state: TrainState) -> str:
-    """Return the decision, what it rests on and what has changed, as lines of text."""
+def choose_start(cfg: RunConfig, checkpoint: Checkpoint | None) -> Checkpoint | None:
+    """Return the checkpoint whose weights a fresh start takes; None for a resumed run, and for random weights.
+
+    Args:
+        cfg: the run.
+        checkpoint: what it resumes from, if it does.
+
+    Raises:
+        CheckpointError: ``checkpoint.init_from`` names none, or a damaged one.
+    """
+    if checkpoint is not None or not cfg.checkpoint.init_from:
+        return None
+    return find_start(cfg.checkpoint.init_from)
+
+
+def resume_block(
+    cfg: RunConfig, checkpoint: Checkpoint | None, *, state: TrainState, start: Start | None = None
+) -> str:
+    """Return the decision, what it rests on and what has changed, as lines of text.
+
+    Args:
+        cfg: the run.
+        checkpoint: what it resumes from; None = a fresh start.
+        state: where it stands.
+        start: where the weights of a fresh start came from; None = random ones.
+    """
     lines = [
         "resume decision",
         f"  run directory      {cfg.train.run_dir} (checkpoint.resume = {cfg.checkpoint.resume})",
     ]
     if checkpoint is None:
-        return "\n".join([*lines, "  decision           fresh start: no checkpoint was ever published here"])
-    layout = checkpoint.layout
+        lines.append("  decision           fresh start: no checkpoint was ever published here")
+        return "\n".join([*lines, *_fresh_weights(cfg, start)])
     lines += [
         f"  decision           go on from {checkpoint.folder.name}, named by the tracker",
         f"  position           step {state.step}, {state.consumed} {cfg.data.batch_unit} consumed, "
         f"{checkpoint.optimizer_step} updates applied",
         f"  data order         digest {checkpoint.data_digest[:12]}, unchanged",
-        f"  written by         {layout['world_size']} ranks, tensor {layout['tensor_model_parallel_size']} x pipeline "
-        f"{layout['pipeline_model_parallel_size']}, " + ", ".join(f"{k} {v}" for k, v in checkpoint.versions.items()),
+        f"  written by         {_written_by(checkpoint)}",
     ]
+    if cfg.checkpoint.init_from:
+        source = cfg.checkpoint.init_from
+        lines.append(f"  weights            of this checkpoint; checkpoint.init_from = {source} had no part in it")
     changes = [f"    {c.path}: {value_text(c.left)} -> {value_text(c.right)}" for c in diff(checkpoint.config, cfg)]
     lines.append("  options changed    " + ("none" if not changes else str(len(changes))))
     return "\n".join(lines + changes)
+
+
+def _fresh_weights(cfg: RunConfig, start: Start | None) -> list[str]:
+    if start is None:
+        return [f"  weights            random, seed {cfg.train.seed}"]
+    checkpoint = start.checkpoint
+    named = "" if checkpoint.folder == Path(cfg.checkpoint.init_from) else ", named by the tracker"
+    return [
+        f"  weights            of {checkpoint.folder}, step {checkpoint.step}{named}",
+        f"  written by         {_written_by(checkpoint)}",
+        f"  interpolated       {', '.join(map(str, start.resized)) or 'nothing'}",
+        "  fresh              optimizer (masters are the weights), step, counters, data order",
+    ]
+
+
+def _written_by(checkpoint: Checkpoint) -> str:
+    layout = checkpoint.layout
+    return (
+        f"{layout['world_size']} ranks, tensor {layout['tensor_model_parallel_size']} x pipeline "
+        f"{layout['pipeline_model_parallel_size']}, " + ", ".join(f"{k} {v}" for k, v in checkpoint.versions.items())
+    )

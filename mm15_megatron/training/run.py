@@ -11,7 +11,8 @@ import torch
 from megatron.core.distributed import DistributedDataParallel
 
 from mm15_megatron.batch import MMBatch, RowRecord
-from mm15_megatron.checkpoint.store import Checkpoint, load_training, save_checkpoint
+from mm15_megatron.checkpoint.start import start_from
+from mm15_megatron.checkpoint.store import load_training, save_checkpoint
 from mm15_megatron.config.schema import RunConfig
 from mm15_megatron.data.ledger import Ledger, ledger_text
 from mm15_megatron.data.loader import Loader, build_loader
@@ -22,7 +23,7 @@ from mm15_megatron.parallel.rendezvous import Rendezvous
 from mm15_megatron.parallel.seeds import seed_everything
 from mm15_megatron.parallel.topology import Topology, build_topology, close_topology
 from mm15_megatron.training.optimizer import build_optimizer, wrap_chunks
-from mm15_megatron.training.resume import check_same_data, choose_checkpoint, resume_block
+from mm15_megatron.training.resume import check_same_data, choose_checkpoint, choose_start, resume_block
 from mm15_megatron.training.startup import peak_tflops, startup_screen
 from mm15_megatron.training.state import TrainState
 from mm15_megatron.training.step import StepParts
@@ -96,6 +97,7 @@ class Run:
         topology = build_topology(cfg.parallel, place=place)
         seed_everything(cfg.train.seed, topology=topology)
         checkpoint = on_rank_zero(lambda: choose_checkpoint(cfg))
+        source = on_rank_zero(lambda: choose_start(cfg, checkpoint))
         stored = None if checkpoint is None else TrainState.from_dict(checkpoint.progress)
         on_rank_zero(lambda: write_tables(cfg))
         loader = build_loader(cfg, view=topology.view, consumed=stored.consumed if stored else 0)
@@ -110,7 +112,9 @@ class Run:
             stack.callback(parts.graphs.close)
         if checkpoint is not None:
             load_training(checkpoint, cfg, parts.chunks, parts.optimizer)
-        return cls._open_outputs(cfg, parts, Feed(loader), state, checkpoint, origins, stack)
+        start = None if source is None else start_from(source, cfg, parts.chunks, parts.optimizer)
+        decision = resume_block(cfg, checkpoint, state=state, start=start)
+        return cls._open_outputs(cfg, parts, Feed(loader), state, decision, origins, stack)
 
     @classmethod
     def _open_outputs(
@@ -119,7 +123,7 @@ class Run:
         parts: StepParts,
         feed: Feed,
         state: TrainState,
-        checkpoint: Checkpoint | None,
+        decision: str,
         origins: Mapping[str, str],
         stack: ExitStack,
     ) -> Run:
@@ -139,7 +143,7 @@ class Run:
             digest=feed.loader.digest,
         )
         progress.line(screen)
-        progress.line(resume_block(cfg, checkpoint, state=state))
+        progress.line(decision)
         if writer is not None and writer.dropped:
             progress.line(f"  metrics            {writer.dropped} records after step {state.step} dropped, taken again")
         return cls(cfg, parts, feed, state, peak_tflops(cfg, device=parts.topology.device), progress, writer)

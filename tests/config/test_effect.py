@@ -93,6 +93,7 @@ CASES = [
     ("optimizer.adam_eps=1e-6", [ADAFACTOR], 1, [], 1),
     ("optimizer.decay_norms_and_biases=true", ["optimizer.weight_decay=0"], 1, [], 1),
     ("schedule.min_lr_ratio=0.5", [CONSTANT], 1, [], 1),
+    ("checkpoint.init_from=runs/base", ["checkpoint.resume=required"], 1, ["checkpoint.resume=never"], 1),
 ]
 
 

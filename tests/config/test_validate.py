@@ -335,6 +335,9 @@ CASES = [
     ("_tokenizer", 1, ["data.tokenizer="], "give data.tokenizer=PATH"),
     ("_run_directory", 1, ["train.run_dir="], "give train.run_dir=PATH"),
     ("_run_directory", 1, ["train.run_dir= "], "train.run_dir = ' ' names no directory"),
+    ("_init_from", 1, ["checkpoint.init_from= "], "checkpoint.init_from = ' ' names no checkpoint"),
+    ("_init_from", 1, ["train.run_dir=a", "checkpoint.init_from=b/../a"], "init_from = b/../a is of train.run_dir = a"),
+    ("_init_from", 1, ["train.run_dir=a", "checkpoint.init_from=a/checkpoints/step_00000002"], "resumes from itself"),
 ]
 
 
@@ -388,6 +391,7 @@ def test_every_rule_has_a_case():
         (1, ["data.shuffle=blocks", "data.shuffle_block=8"]),
         (1, [*TE, "data.decoder=dali_gpu", "data.num_workers=0"]),
         (1, ["data.sources=[{prefix: a, epochs: 2}, {prefix: b, changes: [{first: 9, weight: 0}]}]"]),
+        (1, ["train.run_dir=runs/b", "checkpoint.init_from=runs/a"]),
         (1, ["vision.feature_layer=-3"]),
         (1, ["vision.position_embedding=sincos", "vision.class_token=false", "connector.num_attention_heads=3"]),
         (1, ["connector.kind=attention_pool", "connector.num_tokens=5"]),

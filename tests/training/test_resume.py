@@ -8,11 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from mm15_megatron.checkpoint.start import ResizedTable, Start
 from mm15_megatron.checkpoint.store import open_latest
 from mm15_megatron.config.schema import RunConfig
 from mm15_megatron.data.ledger import Ledger
 from mm15_megatron.errors import CheckpointError
-from mm15_megatron.training.resume import check_same_data, choose_checkpoint, resume_block
+from mm15_megatron.training.resume import check_same_data, choose_checkpoint, choose_start, resume_block
 from mm15_megatron.training.state import TrainState
 
 from ..checkpoint.test_store import published_checkpoint
@@ -90,3 +91,36 @@ def test_state_round_trip() -> None:
         TrainState.from_dict({"step": 3})
     with pytest.raises(CheckpointError, match="the run's counters are"):
         TrainState.from_dict({**state.as_dict(), "step": "3"})
+
+
+def test_start_from_another_run(tmp_path: Path) -> None:
+    """A fresh start says which weights it took; a resumed one, that the option had no part; a wrong path is found."""
+    cfg = _config(tmp_path / "run")
+    assert choose_start(cfg, None) is None
+    assert "weights            random, seed 1234" in resume_block(cfg, None, state=TrainState.start(LEDGER))
+    folder = published_checkpoint(tmp_path / "base", cfg, layout=LAYOUT, versions={"torch": "2.13"})
+    asked = change(cfg, checkpoint={"init_from": str(tmp_path / "base")})
+    found = choose_start(asked, None)
+    assert found is not None
+    assert found.folder == folder
+    table = ResizedTable("connector.position_embedding", stored_grid=4, grid=8, prefix_tokens=0, width=32)
+    block = resume_block(asked, None, state=TrainState.start(LEDGER), start=Start(found, (table,)))
+    assert f"weights            of {folder}, step 7, named by the tracker\n" in block
+    assert "written by         8 ranks, tensor 4 x pipeline 1, torch 2.13\n" in block
+    assert "interpolated       connector.position_embedding 4 x 4 -> 8 x 8\n" in block
+    named = change(cfg, checkpoint={"init_from": str(folder)})
+    block = resume_block(named, None, state=TrainState.start(LEDGER), start=Start(found, ()))
+    assert f"of {folder}, step 7\n" in block
+    assert "interpolated       nothing\n" in block
+    with pytest.raises(CheckpointError, match="init_from = .*absent does not exist"):
+        choose_start(change(cfg, checkpoint={"init_from": str(tmp_path / "absent")}), None)
+
+
+def test_resuming_wins_over_another_run(tmp_path: Path) -> None:
+    """The option may stay, and what it names may be gone."""
+    cfg = change(_config(tmp_path), checkpoint={"init_from": "absent"})
+    published_checkpoint(tmp_path, cfg, layout=LAYOUT)
+    found = choose_checkpoint(cfg)
+    assert choose_start(cfg, found) is None
+    block = resume_block(cfg, found, state=TrainState(7, 56, 0, LEDGER))
+    assert "weights            of this checkpoint; checkpoint.init_from = absent had no part in it" in block
