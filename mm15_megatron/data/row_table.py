@@ -46,13 +46,14 @@ class ChunkTable:
         self._writes = writes
         self._together = together
         self._columns = columns
-        self._sums = np.zeros((1, columns), np.int64)  # before each chunk, and behind the last
+        self._known = 0
+        self._buffer = np.zeros((16, columns), np.int64)  # sums before each chunk and behind the last
         self._append(self._stored())
         self._written = len(self)
 
     def __len__(self) -> int:
         """Chunks that are known."""
-        return len(self._sums) - 1
+        return self._known
 
     def before(self, chunk: int) -> Int64:
         """Return the sums over all chunks before ``chunk``, int64 [columns]."""
@@ -84,8 +85,17 @@ class ChunkTable:
         self._append(lines)
         self._write()
 
+    @property
+    def _sums(self) -> Int64:
+        return self._buffer[: self._known + 1]
+
     def _append(self, lines: Int64) -> None:
-        self._sums = np.concatenate((self._sums, self._sums[-1] + np.cumsum(lines, axis=0)))
+        stop = self._known + len(lines)
+        while stop >= len(self._buffer):
+            self._buffer = np.concatenate((self._buffer, np.zeros_like(self._buffer)))
+        np.cumsum(lines, axis=0, out=self._buffer[self._known + 1 : stop + 1])
+        self._buffer[self._known + 1 : stop + 1] += self._buffer[self._known]
+        self._known = stop
 
     def _stored(self) -> Int64:
         nothing = np.zeros((0, self._columns), np.int64)
@@ -99,7 +109,9 @@ class ChunkTable:
 
     def _write(self) -> None:
         """Write the file, unless another run with the same order already wrote more of it."""
-        if self._path is None or not self._writes or len(self) - self._written < self._together:
+        # Rarer the longer it is: a table of a thousand short epochs is not written a thousand times.
+        worth_it = len(self) - self._written >= max(self._together, self._written // 8)
+        if self._path is None or not self._writes or not worth_it:
             return
         self._written = len(self)
         if len(self._stored()) >= len(self):

@@ -24,7 +24,7 @@ from mm15_megatron.data.indexed.reader import IndexedSource
 from mm15_megatron.data.ledger import Seen
 from mm15_megatron.data.packing import MAX_SAMPLES_PER_ROW, PACKING_VERSION, PackingRules, Sizes, pack
 from mm15_megatron.data.permutation import permute
-from mm15_megatron.data.pieces import COUNTED, REASONS, Pieces, cut_documents
+from mm15_megatron.data.pieces import COUNTED, REASONS, Cut, Pieces, cut_documents
 from mm15_megatron.data.row_table import ChunkTable
 from mm15_megatron.data.samples import SampleRef
 from mm15_megatron.errors import DataError
@@ -206,6 +206,7 @@ class SourceStream:
         self._index = index
         self._rules = rules
         self._options = options
+        self._whole: Cut | None = None
         self.epoch = EpochOrder(
             reader.num_documents,
             seed=options.seed,
@@ -221,8 +222,11 @@ class SourceStream:
 
     def samples(self, chunk: int) -> tuple[Pieces, Int64]:
         """Return the samples of a chunk in their order, and the account of its documents."""
-        cut = cut_documents(self._reader, self.epoch.chunk(chunk), self._rules)
-        if not self.epoch.shuffles or not self._options.mixes_samples:
+        if self.epoch.chunks == 1:  # every epoch holds the same samples: only their order differs
+            cut = self._whole = self._whole or cut_documents(self._reader, np.arange(self.epoch.size), self._rules)
+        else:
+            cut = cut_documents(self._reader, self.epoch.chunk(chunk), self._rules)
+        if not self.epoch.shuffles:
             return cut.pieces, cut.counted
         count = len(cut.pieces.documents)  # the pieces of a long document part
         return cut.pieces.of(permute(np.arange(count), count, key=self.epoch.key(chunk, "samples"))), cut.counted
