@@ -70,6 +70,15 @@ def test_preprocessing_commands_parse() -> None:
         assert parser_of("", readers).parse_args(words).format in readers
 
 
+def test_inspection_commands_parse() -> None:
+    """The options are those of the tool, and the run is one of the trainer's."""
+    tool = load_tool("inspect_dataset")
+    lines = [line for line in block_with("preprocess_captions.py").splitlines() if "inspect_dataset.py" in line]
+    given = [tool.arguments().parse_intermixed_args(shlex.split(line.split(".py ")[1])) for line in lines]
+    assert [(one.check, one.html is not None) for one in given] == [(True, False), (False, True)]
+    assert tool.run_of(given[1]).config.tiling.mode == "dynamic"
+
+
 def test_make_targets_and_links_exist() -> None:
     """`make X` names targets, and relative links name files."""
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
