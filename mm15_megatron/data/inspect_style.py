@@ -86,7 +86,8 @@ body:has(#ids:checked) :is(.target, .context, .shared, .indicator)::after { cont
   background: var(--page); }
 figcaption { font-size: .9rem; margin-bottom: .5rem; }
 .views { display: flex; flex-wrap: wrap; gap: 1rem; align-items: flex-end; }
-.view { max-width: 100%; } .view p { margin: .25rem 0 0; }
+.view { max-width: 100%; min-width: min(100%, 17rem); }
+.view p { margin: .25rem 0 0; width: 0; min-width: 100%; } /* as wide as the picture, whatever the text */
 .canvas { position: relative; display: inline-block; max-width: 100%; vertical-align: top; }
 .canvas > svg { display: block; position: relative; max-width: 100%; height: auto; overflow: hidden; }
 .tiles { position: absolute; inset: 0; display: flex; flex-direction: column; }
