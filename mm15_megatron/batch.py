@@ -146,6 +146,13 @@ class MMBatch:
         """T, the length of the packed micro-batch, padding included."""
         return int(self.position_ids_T.shape[0])
 
+    def pin_memory(self) -> MMBatch:
+        """Return the same batch in page-locked memory, from which copies to a GPU need not wait."""
+        pinned: dict[str, Any] = {
+            f.name: value.pin_memory() for f in fields(self) if isinstance(value := getattr(self, f.name), torch.Tensor)
+        }
+        return replace(self, **pinned)
+
     def to(self, device: torch.device | str, *, non_blocking: bool = True) -> MMBatch:
         """Return the same batch with every tensor on ``device``."""
         moved: dict[str, Any] = {

@@ -1,6 +1,6 @@
 """Measure the data path beside named peers, on the same work, in one run.
 
-    python tools/bench_data.py [--cases images,tiles,preprocess,open,loader] [--record benchmarks/results/data-cpu]
+    python tools/bench_data.py [--cases images,loader] [--record benchmarks/results/data-cpu]
 
 | case | ours | peers | target |
 | --- | --- | --- | --- |
@@ -8,6 +8,8 @@
 | tiles | overview and 2 x 2 tiles of 672 | Pillow; OpenCV | 1.15 times Pillow |
 | preprocess | tools/preprocess_text.py on JSON lines | Megatron-LM's own tool, of a checkout | as fast |
 | open | a text dataset of 100 million documents | megatron-core's reader, which checks nothing | 0.5 s |
+| packing | documents cut and packed, by kind | the caps' bound; next fit; first fit decreasing | 0.98; 1 M/s |
+| plan | an epoch of 100 million documents | the limits of the targets | 120 s, 4 GiB; resumed in 2 s |
 | loader | build_loader: packed rows out | WebDataset and megatron-energon with Pillow | 1.3 times |
 
 Contenders take turns; medians and quartiles of pairs are printed with what each did, the machine, the versions and what
@@ -45,6 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, default=2, help="processes of preprocess and loader [2]")
     parser.add_argument("--text-mib", type=float, default=64.0, help="text of preprocess, MiB [64]")
     parser.add_argument("--documents", type=int, default=100_000_000, help="documents of open [100000000]")
+    parser.add_argument("--chunk-documents", type=int, default=1 << 20, help="documents of packing [1048576]")
+    parser.add_argument("--plan-documents", type=int, default=100_000_000, help="documents of plan [100000000]")
     parser.add_argument("--samples", type=int, default=1024, help="pairs of loader [1024]")
     parser.add_argument("--batches", type=int, default=60, help="batches of a turn of loader [60]")
     given = parser.parse_args(argv)

@@ -22,7 +22,7 @@ from mm15_megatron.batch import MMBatch, RankView
 from mm15_megatron.config.schema import RunConfig
 from mm15_megatron.data.batch_plan import BatchPlan
 from mm15_megatron.data.collate import Assembler, ImageSettings, MicroBatchTask
-from mm15_megatron.data.open_order import open_order
+from mm15_megatron.data.open_order import OpenOrder, open_order
 from mm15_megatron.data.row_order import RowOrder, RowRange
 from mm15_megatron.data.source_order import PackingReport
 from mm15_megatron.errors import DataError
@@ -134,6 +134,7 @@ class Loader:
         consumed: units consumed before this loader starts (a whole number of steps).
         num_workers: worker processes; 0 = work in this process. It never changes what comes out.
         prefetch_factor: micro-batches each worker prepares ahead, a bound on memory.
+        pin_memory: hand out batches in page-locked memory; needs CUDA.
         counts_steps: the first micro-batch of each step carries ``step_counts``, which only routers need: the rank's
             rows are then laid out a second time.
 
@@ -155,6 +156,7 @@ class Loader:
         consumed: int,
         num_workers: int,
         prefetch_factor: int,
+        pin_memory: bool = False,
         counts_steps: bool = True,
     ) -> None:
         self.plan = plan
@@ -165,6 +167,7 @@ class Loader:
         # One rank of the run tells what packing left out, once for each epoch of a source.
         self._tells = is_first_reader(view)
         self._told = [0] * len(order.reports)
+        self._consumed, self._handed_out = consumed, 0
         self._steps = _Steps(order, plan)
         stream = _TaskStream(self._steps, plan, data_rank=view.data_rank, consumed=consumed, counts_steps=counts_steps)
         before = set(multiprocessing.active_children())
@@ -177,6 +180,7 @@ class Loader:
             prefetch_factor=prefetch_factor if num_workers else None,
             multiprocessing_context=_START_METHOD if num_workers else None,
             worker_init_fn=_prepare_worker,
+            pin_memory=pin_memory,
             generator=torch.Generator(),  # its own: the training process's random state is not touched
         )
         with _held_back(_STOP_SIGNALS):
@@ -212,7 +216,20 @@ class Loader:
             _LOGGER.warning("replaced by the mean colour: %s", replaced.message)
         if self._tells:
             self._tell_losses()
+        self._handed_out += 1
         return batch
+
+    @property
+    def consumed(self) -> int:
+        """Units of the steps whose micro-batches were all handed out, and of those before this loader started."""
+        while self._handed_out >= (shape := self.step(self._consumed)).micro_batches:
+            self._handed_out -= shape.micro_batches
+            self._consumed += shape.units
+        return self._consumed
+
+    def state_dict(self) -> dict[str, int | str]:
+        """Return where to go on: ``build_loader(cfg, consumed=state["consumed"])``, if the digest is the same then."""
+        return {"consumed": self.consumed, "unit": self.plan.batch_unit, "digest": self.digest}
 
     def _tell_losses(self) -> None:
         for source, report in enumerate(self.reports):
@@ -266,7 +283,9 @@ class Loader:
         self.close()
 
 
-def build_loader(cfg: RunConfig, *, view: RankView, consumed: int = 0, validation: bool = False) -> Loader:
+def build_loader(
+    cfg: RunConfig, *, view: RankView, consumed: int = 0, validation: bool = False, opened: OpenOrder | None = None
+) -> Loader:
     """Open the sources of a run and build the loader of one rank.
 
     Args:
@@ -274,13 +293,14 @@ def build_loader(cfg: RunConfig, *, view: RankView, consumed: int = 0, validatio
         view: the rank that is fed.
         consumed: rows or samples (``data.batch_unit``) consumed so far; a resumed run starts at the next one.
         validation: read ``data.validation_sources``, with a constant batch size.
+        opened: the sources and their order, if they are open already.
 
     Raises:
         ConfigError: if there is no source, a batch size cannot be split, or the epochs of the sources do not fit the
             length of the run.
         DataError: if a tokenizer or a dataset is missing, damaged, or does not belong to the run.
     """
-    opened = open_order(cfg, validation=validation, writes=is_first_reader(view))
+    opened = opened or open_order(cfg, validation=validation, writes=is_first_reader(view))
     interleaves = cfg.parallel.virtual_pipeline_model_parallel_size is not None
     plan = BatchPlan(
         global_batch_size=cfg.train.global_batch_size,
@@ -300,6 +320,7 @@ def build_loader(cfg: RunConfig, *, view: RankView, consumed: int = 0, validatio
         consumed=consumed,
         num_workers=cfg.data.num_workers if view.reads_images else 0,
         prefetch_factor=cfg.data.prefetch_factor,
+        pin_memory=cfg.parallel.device == "cuda",
         counts_steps=cfg.moe.num_moe_experts > 0 and not validation,
     )
 

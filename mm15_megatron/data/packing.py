@@ -26,7 +26,10 @@ _BATCHES: Final = 256  # of samples that are placed at once: more fill rows no b
 _ALSO_BINDS: Final = 0.8  # a cap that needs this share of the rows that the tightest one needs binds too
 _MANY_SAMPLES: Final = 8  # samples of a row on average from which on they are small
 _SHARE: Final = 1 << 20  # a full cap, in whole numbers
-_TRIES: Final = 8  # rows a sample is tried in before it opens one: more than one matters when two caps are near
+_ONE_BY_ONE: Final = 1 << 14  # samples up to which each is placed alone: exact, and slow only where there are many
+_IMAGES: Final = 1  # column of the caps
+_FEW_ROWS: Final = 1 << 15  # open rows up to which a second look at them is worth its time
+_TRIES: Final = 8  # samples that do not fit, after which a spread row is full
 
 
 @dataclass(frozen=True)
@@ -225,31 +228,62 @@ class _Packer:
         """Samples in descending order of size, in groups; those that no second one can join come together."""
         order = np.argsort(-self._size_N, kind="stable")
         alone = int(np.count_nonzero(2 * self._size_N > self._caps_C[self._main]))
-        step = max(1, -(-(len(order) - alone) // _BATCHES))
+        few = len(order) <= _ONE_BY_ONE
+        step = 1 if few else -(-(len(order) - alone) // _BATCHES)
         edges = [alone, *range(alone + step, len(order), step)]
         return [part for part in np.split(order, edges) if part.size]
 
     def place(self, batch: Int64) -> None:
         """Place samples, given in descending order of size, each into another row."""
         used = np.zeros(len(self._open), np.bool_)
-        waiting = batch[::-1]
-        wanted = np.searchsorted(self._room, self._size_N[waiting], side="left")
-        for _ in range(_TRIES):
-            if not waiting.size or not used.size:
-                break
-            # each sample takes the tightest row that no smaller sample of the batch took
-            step = np.arange(waiting.size)
-            found = np.maximum.accumulate(wanted - step) + step
-            inside = np.flatnonzero(found < used.size)
-            at = found[inside]
-            rows = self._open[at]
-            fits = ~used[at] & (self._sizes_NC[waiting[inside]] <= self._free_RC[rows]).all(axis=1)
-            self._put(waiting[inside[fits]], rows[fits])
-            used[at[fits]] = True
-            left = np.ones(waiting.size, np.bool_)
-            left[inside[fits]] = False
-            waiting, wanted = waiting[left], found[left] + 1
-        self._keep_sorted(used, self._open_rows(waiting[::-1]))
+        if batch.size == 1:
+            self._place_one(batch, used)
+            return
+        waiting = self._match(batch[::-1], np.arange(used.size), used)
+        # those left met rows whose other caps are used up: again, among rows that take so many images
+        rest = [waiting[:0]]
+        images_n = self._sizes_NC[waiting, _IMAGES]
+        again = used.any() and len(self._open) <= _FEW_ROWS
+        for images in np.unique(images_n)[::-1].tolist() if again else ():
+            group = waiting[images_n == images]
+            least_C = self._sizes_NC[group].max(axis=0)
+            least_C[self._main] = 0
+            takes = (self._free_RC[self._open] >= least_C).all(axis=1) & ~used
+            rest.append(self._match(group, np.flatnonzero(takes), used))
+        waiting = np.concatenate(rest) if again else waiting
+        order = np.argsort(-self._size_N[waiting], kind="stable")
+        self._keep_sorted(used, self._open_rows(waiting[order]))
+
+    def _match(self, waiting: Int64, among: Int64, used: npt.NDArray[np.bool_]) -> Int64:
+        """Put samples, in ascending order of size, each into the tightest of some open rows that no smaller one took.
+
+        Returns:
+            The samples that found none, in the same order.
+        """
+        if not waiting.size or not among.size:
+            return waiting
+        wanted = np.searchsorted(self._room[among], self._size_N[waiting], side="left")
+        step = np.arange(waiting.size)
+        found = np.maximum.accumulate(wanted - step) + step
+        inside = np.flatnonzero(found < among.size)
+        at = among[found[inside]]
+        rows = self._open[at]
+        fits = (self._sizes_NC[waiting[inside]] <= self._free_RC[rows]).all(axis=1)
+        self._put(waiting[inside[fits]], rows[fits])
+        used[at[fits]] = True
+        left = np.ones(waiting.size, np.bool_)
+        left[inside[fits]] = False
+        return waiting[left]
+
+    def _place_one(self, sample: Int64, used: npt.NDArray[np.bool_]) -> None:
+        """Place one sample into the tightest row that takes it."""
+        first = int(np.searchsorted(self._room, self._size_N[sample[0]], side="left"))
+        rows = self._open[first:]
+        fits = np.flatnonzero((self._sizes_NC[sample[0]] <= self._free_RC[rows]).all(axis=1))
+        if fits.size:
+            self._put(sample, rows[fits[:1]])
+            used[first + fits[0]] = True
+        self._keep_sorted(used, sample[:0] if fits.size else self._open_rows(sample))
 
     def _put(self, samples: Int64, rows: Int64) -> None:
         self.row_N[samples] = rows

@@ -15,13 +15,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from mm15_megatron.data.image.geometry import grid_indices, grid_tiles
-from mm15_megatron.data.indexed.reader import IndexedSource
 from mm15_megatron.data.packing import PackingRules, Sizes
 
 Int64 = npt.NDArray[np.int64]
@@ -89,7 +88,40 @@ class Cut:
     counted: Int64
 
 
-def cut_documents(source: IndexedSource, documents: Int64, rules: PackingRules) -> Cut:
+class DocumentIndex(Protocol):
+    """What the index of a dataset says, as :class:`~mm15_megatron.data.indexed.reader.IndexedSource` does."""
+
+    @property
+    def kind(self) -> str:
+        """Kind of dataset."""
+        ...
+
+    @property
+    def token_lengths(self) -> npt.NDArray[np.int32]:
+        """int32 [documents], stored tokens, one for each image."""
+        ...
+
+    @property
+    def image_index(self) -> Int64:
+        """int64 [documents + 1], first image of each document, then the number of images."""
+        ...
+
+    @property
+    def image_sizes(self) -> npt.NDArray[np.uint32]:
+        """uint32 [images, 2], height and width."""
+        ...
+
+    @property
+    def image_positions(self) -> npt.NDArray[np.int32]:
+        """int32 [images], stored position of each image inside its document."""
+        ...
+
+    def has_target(self, document: int, stop: int) -> bool:
+        """Tell whether one of the tokens 1 to ``stop`` - 1 of a document is a target; asked of documents too long."""
+        ...
+
+
+def cut_documents(source: DocumentIndex, documents: Int64, rules: PackingRules) -> Cut:
     """Turn documents into pieces that fit a row.
 
     Args:
@@ -135,7 +167,7 @@ class _Index:
     tiles_M: Int64
 
     @classmethod
-    def read(cls, source: IndexedSource, documents: Int64, rules: PackingRules) -> _Index:
+    def read(cls, source: DocumentIndex, documents: Int64, rules: PackingRules) -> _Index:
         stored = source.token_lengths[documents].astype(np.int64)
         first, stop = source.image_index[documents], source.image_index[documents + 1]
         images = stop - first
@@ -268,7 +300,7 @@ def _account(index: _Index, documents: Int64, found: _Found, rules: PackingRules
 # --- Documents that are truncated
 
 
-def _truncated(index: _Index, rules: PackingRules, *, owner: Int64, source: IndexedSource, documents: Int64) -> _Found:
+def _truncated(index: _Index, rules: PackingRules, *, owner: Int64, source: DocumentIndex, documents: Int64) -> _Found:
     """Cut the end off the text of documents, or leave them out."""
     reasons = {
         MANY_IMAGES: index.images_D > rules.max_images,
@@ -289,19 +321,12 @@ def _truncated(index: _Index, rules: PackingRules, *, owner: Int64, source: Inde
     loses_image = stop < behind
     left_out.append((IMAGE_LOST, owner[at[loses_image]]))
     at, stop, excess = at[~loses_image], stop[~loses_image], excess[~loses_image]
-    learns = np.array([_has_target(source, int(documents[a]), int(s)) for a, s in zip(at, stop, strict=True)], np.bool_)
+    pairs = zip(documents[at].tolist(), stop.tolist(), strict=True)
+    learns = np.array([source.has_target(document, end) for document, end in pairs], np.bool_)
     left_out.append((TARGETS_LOST, owner[at[~learns]]))
     at, stop, excess = at[learns], stop[learns], excess[learns]
     sizes = Sizes(np.full(len(at), rules.seq_length), index.images_D[at], index.tiles_D[at])
     return _Found(owner[at], np.zeros(len(at), np.int64), stop, sizes, tuple(left_out), excess)
-
-
-def _has_target(source: IndexedSource, document: int, stop: int) -> bool:
-    """Tell whether one of the tokens 1 to ``stop`` - 1 is a target."""
-    targets = source.loss_mask(document)[1:stop] & (
-        source.tokens(document)[1:stop] != source.manifest.image_sentinel_id
-    )
-    return bool(targets.any())
 
 
 # --- Documents that are cut into several pieces

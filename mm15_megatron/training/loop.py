@@ -75,8 +75,9 @@ def run(training: Run, *, request: StopRequest) -> int:
             _due(training.state.step, cfg.logging.log_interval) or training.state.step == steps
         ):
             figures |= ledger_figures(training)
-        if _due(training.state.step, cfg.train.validation_interval) and not request.agreed(device=device):
-            figures |= held_out_figures(training.parts, view=training.topology.view)
+        held_out = training.feed.held_out
+        if held_out and _due(training.state.step, cfg.train.validation_interval) and not request.agreed(device=device):
+            figures |= held_out_figures(training.parts, view=training.topology.view, opened=held_out)
         report(training, taken, figures)
         if training.state.step == steps or _due(training.state.step, cfg.checkpoint.save_interval):
             training.save()

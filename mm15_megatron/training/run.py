@@ -16,7 +16,7 @@ from mm15_megatron.checkpoint.store import load_training, save_checkpoint
 from mm15_megatron.config.schema import RunConfig
 from mm15_megatron.data.ledger import Ledger, ledger_text
 from mm15_megatron.data.loader import Loader, build_loader
-from mm15_megatron.data.open_order import run_shares, write_tables
+from mm15_megatron.data.open_order import OpenOrder, open_order, run_shares, write_tables
 from mm15_megatron.models.backend import open_tensor_parallel_buffers
 from mm15_megatron.models.build import build_chunks, check_replicas
 from mm15_megatron.parallel.rendezvous import Rendezvous
@@ -37,6 +37,7 @@ class Feed:
     """The loader of this rank, remembering what the micro-batches of the current step were made of."""
 
     loader: Loader
+    held_out: OpenOrder | None = None
     rows: list[RowRecord] = field(default_factory=list)
 
     def __iter__(self) -> Iterator[MMBatch]:
@@ -105,6 +106,7 @@ class Run:
         if checkpoint is not None:
             check_same_data(checkpoint, cfg, order=loader.order)
         state = _with_ledger(stored, loader)
+        held_out = open_order(cfg, validation=True) if cfg.train.validation_interval else None
         if cfg.parallel.tp_comm_overlap:
             stack.callback(open_tensor_parallel_buffers(cfg))
         parts = _build_parts(cfg, topology)
@@ -114,7 +116,7 @@ class Run:
             load_training(checkpoint, cfg, parts.chunks, parts.optimizer)
         start = None if source is None else start_from(source, cfg, parts.chunks, parts.optimizer)
         decision = resume_block(cfg, checkpoint, state=state, start=start)
-        return cls._open_outputs(cfg, parts, Feed(loader), state, decision, origins, stack)
+        return cls._open_outputs(cfg, parts, Feed(loader, held_out), state, decision, origins, stack)
 
     @classmethod
     def _open_outputs(
@@ -155,6 +157,8 @@ class Run:
 
     def save(self) -> None:
         """Publish a checkpoint of the current step (every rank must call)."""
+        position = self.feed.loader.consumed
+        assert position == self.state.consumed, f"loader at {position}, run at {self.state.consumed}"
         folder = save_checkpoint(
             self.cfg,
             self.parts.chunks,

@@ -6,27 +6,33 @@ import time
 
 from mm15_megatron.batch import RankView
 from mm15_megatron.data.loader import build_loader
+from mm15_megatron.data.open_order import OpenOrder
 from mm15_megatron.training.step import StepParts, evaluate_step
 
 
-def held_out_figures(parts: StepParts, *, view: RankView) -> dict[str, float | int | None]:
+def held_out_figures(parts: StepParts, *, view: RankView, opened: OpenOrder) -> dict[str, float | int | None]:
     """Measure the held-out loss over ``train.validation_steps`` global batches (every rank must call).
 
     The rows are the first ones of the validation order, the same every time and in every layout. A loader has one
-    position and no way back, so each validation builds its own, and ``data.num_workers`` processes start anew; the
-    seconds show what that costs.
+    position and no way back, so each validation builds its own over the sources that stay open, and
+    ``data.num_workers`` processes start anew; the seconds show what that costs.
 
     Returns:
-        ``validation/loss``, the mean loss of a target, and ``validation/seconds``, the wall time with the loader's
-        start and end.
+        ``validation/loss``, the mean loss of a target; ``validation/loss/SOURCE`` of each held-out source; and
+        ``validation/seconds``, the wall time with the loader's start and end.
     """
     started = time.perf_counter()
     cfg = parts.cfg
-    loader = build_loader(cfg, view=view, validation=True)
+    loader = build_loader(cfg, view=view, validation=True, opened=opened)
     try:
         units = cfg.train.global_batch_size
         rounds = sum(loader.step(step * units).micro_batches for step in range(cfg.train.validation_steps))
-        loss = evaluate_step(parts, loader, num_microbatches=rounds).loss
+        sums = evaluate_step(parts, loader, num_microbatches=rounds)
     finally:
         loader.close()
-    return {"validation/loss": loss, "validation/seconds": time.perf_counter() - started}
+    names = (source.name for source in opened.order.sources)
+    by_source = {
+        f"validation/loss/{name}": loss / weight if weight else None
+        for name, (loss, weight) in zip(names, sums.by_source, strict=True)
+    }
+    return {"validation/loss": sums.loss, **by_source, "validation/seconds": time.perf_counter() - started}

@@ -40,6 +40,7 @@ CIRCUMSTANCES = {
 
 def request(folder: Path, **changes: object) -> Request:
     sizes = {"rounds": 1, "pictures": 1, "workers": 1, "megatron_lm": None, "text_mib": 0.05, "documents": 50}
+    sizes |= {"chunk_documents": 3000, "plan_documents": 2500}
     return Request(folder=folder, **{**sizes, "samples": 8, "batches": 1, **changes})
 
 

@@ -11,7 +11,7 @@ import pytest
 from mm15_megatron.accounting import step_flops
 from mm15_megatron.accounting.row_cost import row_cost
 from mm15_megatron.data.dealing import deal_evenly, deal_in_order
-from mm15_megatron.data.mixture import Mixture
+from mm15_megatron.data.mixture import Mixture, Weights
 from mm15_megatron.errors import DataError
 from mm15_megatron.presets import resolve
 
@@ -117,7 +117,7 @@ def test_realistic_rows_keep_the_promise(profile: str) -> None:
     constant = 0.0 if "stages" in profile else row_cost(cfg, 0)  # no decoder layer on stage 0: the hardest case
     price = row_cost(cfg, 1) - row_cost(cfg, 0)
     kinds, rng = list(rows_of), np.random.default_rng(5)
-    mixture = Mixture([rows_of[kind] for kind in kinds], seed=5)
+    mixture = Mixture([Weights(0, tuple(rows_of[kind] for kind in kinds))], seed=5)
     for step in range(10):
         chosen = mixture.choose(512 * step, 512 * (step + 1))
         tiles = np.zeros(512, np.int64)

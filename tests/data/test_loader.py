@@ -195,6 +195,19 @@ def test_rows_are_the_same_in_every_layout(cfg: RunConfig, data_size: int, micro
             assert torch.equal(value, found[row][name]), (row, name)
 
 
+def test_the_state_says_where_to_go_on(cfg: RunConfig) -> None:
+    """Micro-batches of a step that is not complete do not count: a resumed loader gives them again."""
+    straight = take(cfg, 12)
+    with build_loader(cfg, view=RankView()) as loader:
+        for handed_out in range(1, 11):
+            next(loader)
+            state = loader.state_dict()
+            assert state == {"consumed": 8 * (handed_out // 4), "unit": "rows", "digest": loader.digest}
+    with build_loader(cfg, view=RankView(), consumed=int(state["consumed"])) as loader:
+        assert loader.consumed == 16
+        assert_equal(next(loader), straight[8])
+
+
 def test_resume_continues_the_straight_run(cfg: RunConfig) -> None:
     straight = take(cfg, 12)
     for a, b in zip(straight[8:], take(cfg, 4, consumed=16), strict=True):
@@ -266,11 +279,13 @@ def test_a_bad_image_is_substituted_counted_and_named(damaged: RunConfig, decode
     with build_loader(with_data(damaged, decoder=decoder), view=RankView()) as loader:
         batch = next(loader)
         assert loader.substituted == 1
-    (message,) = batch.rows[0].substituted
-    assert message.startswith("image 0 of document 1 of source 'bad': ")
-    assert sorted(batch.rows[0].documents) == [0, 1, 2]
+    (replaced,) = batch.rows[0].substituted
+    assert replaced.source == 0
+    assert replaced.message.startswith("image 0 of document 1 of source 'bad': ")
+    documents = [sample.document for sample in batch.rows[0].samples]
+    assert sorted(documents) == [0, 1, 2]
     blank = [bool((tile == 0).all()) for tile in batch.tiles_N3HW]
-    assert blank == [False] * 5 + [True] * 5 + [False] * 5
+    assert blank == [document == 1 for document in documents for _ in range(5)]
 
 
 @pytest.mark.parametrize("shares", [True, False])
@@ -343,7 +358,8 @@ def test_digest_covers_the_order_and_nothing_else(cfg: RunConfig, tmp_path: Path
 def test_validation_reads_its_own_sources(cfg: RunConfig) -> None:
     ramped = replace(cfg, train=replace(cfg.train, rampup_batch_size=(4, 4, 100)))
     with build_loader(ramped, view=RankView(), validation=True) as loader:
-        assert {source for row in next(loader).rows for source in row.sources} == {"cap.v1"}
+        assert [source.name for source in loader.order.sources] == ["cap.v1"]
+        assert {sample.source for row in next(loader).rows for sample in row.samples} == {0}
         assert loader.step(0).micro_batches == 4
     with build_loader(ramped, view=RankView()) as loader:
         assert loader.step(0).micro_batches == 2
@@ -354,7 +370,7 @@ def test_rows_before_a_repeat(cfg: RunConfig) -> None:
     with build_loader(single, view=RankView(), validation=True) as loader:
         epoch = loader.rows_before_repeat(1000)
         assert loader.rows_before_repeat(epoch - 1) == epoch - 1
-        shown = [document for batch in islice(loader, epoch) for row in batch.rows for document in row.documents]
+        shown = [s.document for batch in islice(loader, epoch) for row in batch.rows for s in row.samples]
     assert sorted(shown) == list(range(40))
 
 
@@ -384,11 +400,11 @@ def test_mixed_rows_and_weights(cfg: RunConfig) -> None:
     mixed = replace(mixed, train=replace(mixed.train, loss_normalisation="sample"))
     with build_loader(mixed, view=RankView()) as loader:
         rows = [row for batch in islice(loader, 6) for row in batch.rows]
-        assert max(len(set(row.sources)) for row in rows) == 2
+        assert max(len({sample.source for sample in row.samples}) for row in rows) == 2
         assert sum(report.counts["kept"] for report in loader.reports) > 0
         batch = next(loader)
     weights = batch.loss_mask_T[batch.loss_mask_T > 0]
-    assert weights.sum().item() == pytest.approx(sum(len(row.sources) for row in batch.rows), abs=1e-4)
+    assert weights.sum().item() == pytest.approx(sum(len(row.samples) for row in batch.rows), abs=1e-4)
 
 
 def test_wrong_sources(cfg: RunConfig, tmp_path: Path) -> None:
@@ -420,7 +436,7 @@ def test_images_of_a_batch_are_those_of_its_documents(cfg: RunConfig, captions_p
     plain = with_data(replace(cfg, tiling=TilingConfig(mode="none")), sources=cfg.data.sources[:1], decoder="pil")
     source, maker = IndexedSource(captions_prefix), TileMaker(plain.vision)
     (batch,) = take(plain, 1)
-    documents = [document for row in batch.rows for document in row.documents]
+    documents = [sample.document for row in batch.rows for sample in row.samples]
     for document, tile in zip(documents, batch.tiles_N3HW, strict=True):
         (pixels,) = PilCodec().decode([np.asarray(source.image_bytes(document))])
         plan = tile_plan(*pixels.shape[:2], tile_size=14, tiling=plain.tiling)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from mm15_megatron.batch import RowRecord, SampleRecord
 from mm15_megatron.config.schema import RunConfig, TilingConfig
 from mm15_megatron.data.packing import MAX_SAMPLES_PER_ROW, PackingRules
 from mm15_megatron.data.row_layout import lay_out, tokens_in_row
@@ -37,7 +38,8 @@ def sample(tokens: list[int], *, mask: list[int] | None = None, document: int = 
 
 def test_the_worked_example() -> None:
     a, b, c, d = 11, 12, 13, 14
-    layout = lay_out([(5, [sample([IMAGE, a, b]), sample([c, d], document=7)])], RULES)
+    first = replace(sample([IMAGE, a, b]), source_index=2)
+    layout = lay_out([(5, [first, sample([c, d], document=7)])], RULES)
     assert layout.tokens_T.tolist() == [IMAGE, IMAGE, a, b, c, d, 0, 0]
     assert layout.labels_T.tolist() == [0, a, b, 0, d, 0, 0, 0]
     assert layout.loss_mask_T.tolist() == [0, 1, 1, 0, 1, 0, 0, 0]
@@ -50,8 +52,9 @@ def test_the_worked_example() -> None:
         torch.int64
     }
     (record,) = layout.records
-    assert (record.row, record.sources, record.documents) == (5, ("s", "s"), (0, 7))
+    assert record == RowRecord(5, (SampleRecord(2, 0, 2, 2, 1), SampleRecord(0, 7, 2, 0, 0)), padding=2)
     assert (record.text_tokens, record.image_slots) == (4, 2)
+    assert layout.sources_T.tolist() == [2, 2, 2, 2, 0, 0, 0, 0]
 
 
 def test_rows_lie_end_to_end() -> None:

@@ -17,6 +17,8 @@ from mm15_megatron.bench.data.images import images, tiles
 from mm15_megatron.bench.data.loading import loader
 from mm15_megatron.bench.data.opening import opening
 from mm15_megatron.bench.data.outcome import CaseResult, Request
+from mm15_megatron.bench.data.packing import packing
+from mm15_megatron.bench.data.planning import planning
 from mm15_megatron.bench.data.preprocess import preprocess
 from mm15_megatron.bench.data.turns import others_at_work, others_watched
 from mm15_megatron.errors import ConfigError, did_you_mean
@@ -28,6 +30,8 @@ CASES: Final[Mapping[str, Callable[[Request], CaseResult]]] = {
     "preprocess": preprocess,
     "open": opening,
     "loader": loader,
+    "packing": packing,
+    "plan": planning,
 }
 _LOOK_SECONDS: Final = 1.0
 _CALM_LOOKS: Final = 5
@@ -71,7 +75,17 @@ def check_request(request: Request) -> None:
     Raises:
         ConfigError: one is impossible.
     """
-    for name in ("rounds", "pictures", "workers", "text_mib", "documents", "samples", "batches"):
+    for name in (
+        "rounds",
+        "pictures",
+        "workers",
+        "text_mib",
+        "documents",
+        "samples",
+        "batches",
+        "chunk_documents",
+        "plan_documents",
+    ):
         value = vars(request)[name]
         if value <= 0:
             raise ConfigError(f"--{name.replace('_', '-')} is {value}", fix="give a positive number")

@@ -114,6 +114,8 @@ class Request:
         megatron_lm: a checkout of Megatron-LM; None = its tool is not measured.
         text_mib: size of the text that is preprocessed, MiB.
         documents: documents of the dataset that is opened.
+        chunk_documents: documents that are packed together.
+        plan_documents: documents of the epoch that is planned.
         samples: image-text pairs of the dataset that the loaders read.
         batches: batches that a loader's turn is timed over.
     """
@@ -125,5 +127,7 @@ class Request:
     megatron_lm: Path | None
     text_mib: float
     documents: int
+    chunk_documents: int
+    plan_documents: int
     samples: int
     batches: int

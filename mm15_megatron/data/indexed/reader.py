@@ -210,6 +210,11 @@ class IndexedSource:
             return np.ones(int(self.token_lengths[document]), np.bool_)
         return self._loss_mask[document].astype(np.bool_)
 
+    def has_target(self, document: int, stop: int) -> bool:
+        """Tell whether one of the tokens 1 to ``stop`` - 1 of a document is a target."""
+        text = self._tokens[document][1:stop] != self.manifest.image_sentinel_id
+        return bool((self.loss_mask(document)[1:stop] & text).any())
+
     def image_bytes(self, item: int) -> npt.NDArray[np.uint8]:
         """Encoded bytes of image ``item`` of the source, a read-only view of the mapped file."""
         return self._images[item].view(np.uint8)
