@@ -124,7 +124,7 @@ TABLE: tuple[Row, ...] = (
         ),
     ),
     Row(
-        "tiling.overview tiling.max_split_images tiling.indicator",
+        "tiling.overview tiling.max_split_images tiling.mixed_resolution_images tiling.indicator",
         "no image is split (tiling.mode = none)",
         lambda s: s.cfg.tiling.mode == "none",
     ),

@@ -59,6 +59,7 @@ _RANGES: dict[_Range, tuple[str, ...]] = {
         "schedule.decay_steps logging.log_interval precision.fp8_amax_history_len",
     ),
     _AT_LEAST_0: (
+        "tiling.mixed_resolution_images",
         "language.z_loss_coeff moe.num_moe_experts moe.moe_aux_loss_coeff moe.moe_z_loss_coeff",
         "vision.position_grid_size data.num_workers tiling.max_split_images",
         "train.validation_interval train.threads_per_rank train.seed optimizer.weight_decay optimizer.clip_grad",
@@ -166,12 +167,18 @@ def _tile_budget(config: RunConfig, world_size: int) -> None:
             f"tiling.min_tiles = {tiling.min_tiles} is above tiling.max_tiles = {tiling.max_tiles}",
             fix="swap or change them",
         )
-    if tiling.mode != "none" and tiling.max_split_images < 1:
+    if tiling.mode != "none" and max(tiling.max_split_images, tiling.mixed_resolution_images) < 1:
         raise ConfigError(
             f"tiling.mode = {tiling.mode!r} splits nothing with tiling.max_split_images = 0", fix="set tiling.mode=none"
         )
+    if tiling.mixed_resolution_images and tiling.indicator == "index":
+        raise ConfigError(
+            f"tiling.mixed_resolution_images = {tiling.mixed_resolution_images} splits images of any number, and "
+            "tiling.indicator = index has labels for the first tiling.max_split_images alone",
+            fix="set tiling.indicator=none (MM1) or seps, or tiling.mixed_resolution_images=0",
+        )
     images = 1 if tiling.mode == "none" else min(tiling.max_split_images, data.max_images)
-    needed = images * tiles_of_split_image(config)
+    needed = max(images, min(tiling.mixed_resolution_images, data.max_images)) * tiles_of_split_image(config)
     if data.max_tiles < needed:
         raise ConfigError(
             f"data.max_tiles = {data.max_tiles} cannot hold {images} image(s) of {tiles_of_split_image(config)} tiles",

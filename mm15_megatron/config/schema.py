@@ -250,6 +250,9 @@ class TilingConfig:
         choices=("stretch", "fit"),
     )
     max_split_images: int = option(2, "samples with more images than this are never split (MM1.5: 2)")
+    mixed_resolution_images: int = option(
+        0, "but the last so many images of a sample are always split (MM1's few-shot prompts: 3, recollected)"
+    )
     indicator: str = option(
         "none",
         "how a tile says where it stands: none, index = its position as text, seps = separators (MM1.5: index)",

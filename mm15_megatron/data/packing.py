@@ -87,13 +87,18 @@ class PackingRules:
         """G, the constant length of ``segment_bounds_G``: every sample and the pads of each row, and the leading 0."""
         return rows * (self.max_samples + 1) + 1
 
-    def plans(self, images: Sequence[ImageRef], *, images_in_sample: int) -> tuple[TilePlan, ...]:
-        """Return the tile plan of each image."""
+    def plans(self, images: Sequence[ImageRef], *, images_in_sample: int, first_image: int = 0) -> tuple[TilePlan, ...]:
+        """Return the tile plan of each image of a sample, or of those from number ``first_image`` on."""
         return tuple(
             tile_plan(
-                i.height, i.width, tile_size=self.tile_size, tiling=self.tiling, images_in_sample=images_in_sample
+                image.height,
+                image.width,
+                tile_size=self.tile_size,
+                tiling=self.tiling,
+                images_in_sample=images_in_sample,
+                number=number,
             )
-            for i in images
+            for number, image in enumerate(images, start=first_image)
         )
 
 

@@ -178,11 +178,11 @@ class _Index:
         items = np.repeat(first - starts, images) + np.arange(int(images.sum()))
         in_sample = np.repeat(images, images)
         tiling = rules.tiling
-        grids = grid_indices(source.image_sizes[items], in_sample, tile_size=rules.tile_size, tiling=tiling)
+        number = np.arange(len(items)) - np.repeat(starts, images)
+        grids = grid_indices(source.image_sizes[items], in_sample, number, tile_size=rules.tile_size, tiling=tiling)
         tiles = grid_tiles(tiling)[grids]
         texts_KG = rules.tile_texts.lengths(tiling)
-        number = np.minimum(np.arange(len(items)) - np.repeat(starts, images), len(texts_KG) - 1)
-        length = tiles * rules.slots_per_tile + texts_KG[number, grids]
+        length = tiles * rules.slots_per_tile + texts_KG[np.minimum(number, len(texts_KG) - 1), grids]
         return cls(
             stored,
             stored + _sums(length - 1, starts, images),

@@ -92,7 +92,7 @@ def lay_out(rows: Sequence[tuple[int, Sequence[Sample]]], rules: PackingRules) -
         at, end = number * length, (number + 1) * length
         held = []
         for sample in samples:
-            plans = rules.plans(sample.images, images_in_sample=sample.images_in_document)
+            plans = _plans(sample, rules)
             segment = _expand(sample, plans, rules)
             stop = at + len(segment.tokens)
             if stop > end or len(samples) > rules.max_samples:
@@ -128,9 +128,13 @@ def lay_out(rows: Sequence[tuple[int, Sequence[Sample]]], rules: PackingRules) -
     )
 
 
+def _plans(sample: Sample, rules: PackingRules) -> tuple[TilePlan, ...]:
+    return rules.plans(sample.images, images_in_sample=sample.images_in_document, first_image=sample.first_image)
+
+
 def tokens_in_row(sample: Sample, rules: PackingRules) -> int:
     """Return the tokens a sample takes in a row, its images expanded."""
-    plans = rules.plans(sample.images, images_in_sample=sample.images_in_document)
+    plans = _plans(sample, rules)
     images = (_image_tokens(sample, number, plan, rules) for number, plan in enumerate(plans))
     return len(sample.tokens) - len(plans) + sum(map(len, images))
 

@@ -57,6 +57,7 @@ CASES = [
     ("optimizer.lr=1e-3", [FROZEN_DECODER, FROZEN_ENCODER, "optimizer.connector_lr=1e-4"], 1, [FROZEN_DECODER], 1),
     ("tiling.overview=before", [], 1, [STATIC], 1),
     ("tiling.max_split_images=1", [], 1, [DYNAMIC], 1),
+    ("tiling.mixed_resolution_images=1", [], 1, [STATIC], 1),
     ("tiling.indicator=index", [], 1, [STATIC], 1),
     ("tiling.min_tiles=1", [STATIC], 1, [DYNAMIC], 1),
     ("tiling.max_tiles=5", [], 1, [DYNAMIC], 1),

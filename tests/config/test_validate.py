@@ -39,6 +39,8 @@ GRAPHS = "kernels.cuda_graph_scope=[mlp]"
 
 SAMPLES = ["data.batch_unit=samples", "data.mixture_unit=sample"]
 
+MIXED = ["tiling.mixed_resolution_images=3"]
+
 CASES = [
     ("_ranges", 1, ["train.steps=0"], "train.steps = 0 is out of range"),
     ("_ranges", 1, ["optimizer.lr=0"], "give a value > 0"),
@@ -95,6 +97,8 @@ CASES = [
     ("_image_fits_row", 1, ["tiling.mode=dynamic", "data.seq_length=41", "data.max_tiles=20"], "10 tiles x 4 tokens"),
     ("_tile_budget", 1, ["tiling.mode=dynamic", "tiling.min_tiles=5", "tiling.max_tiles=4"], "is above"),
     ("_tile_budget", 1, ["tiling.mode=static", "tiling.max_split_images=0"], "splits nothing"),
+    ("_tile_budget", 1, ["tiling.mode=static", *MIXED, "tiling.indicator=index"], "splits images of any number"),
+    ("_tile_budget", 1, ["tiling.mode=static", *MIXED, "data.max_tiles=14"], "at least 15"),
     ("_tile_budget", 1, ["tiling.mode=dynamic"], "cannot hold 2 image.s. of 10 tiles"),
     ("_tile_budget", 1, ["tiling.mode=static", "data.max_tiles=9"], "at least 10"),
     (
@@ -386,6 +390,7 @@ def test_every_rule_has_a_case():
         (1, ["freeze.vision=true", "freeze.connector=true"]),
         (1, ["tiling.mode=static"]),
         (1, ["tiling.mode=static", "tiling.indicator=index"]),
+        (1, ["tiling.mode=static", *MIXED, "tiling.max_split_images=0"]),
         (3, [*SAMPLES, "train.global_batch_size=7"]),
         (2, [*SAMPLES, PP2, VPP2, "train.global_batch_size=7"]),
         (1, ["data.shuffle=blocks", "data.shuffle_block=8"]),

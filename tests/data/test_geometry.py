@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mm15_megatron.config.schema import TilingConfig
-from mm15_megatron.data.image.geometry import candidate_grids, tile_counts, tile_plan
+from mm15_megatron.data.image.geometry import candidate_grids, grid_indices, grid_tiles, tile_counts, tile_plan
 from mm15_megatron.errors import ConfigError
 
 SIDE = 672
@@ -84,6 +84,23 @@ def test_order_of_the_overview() -> None:
     after = tile_plan(480, 640, tile_size=SIDE, tiling=DYNAMIC)
     assert before.views == after.views[::-1]
     assert [view.num_tiles for view in after.views] == [4, 1]
+
+
+def test_the_last_images_of_a_prompt_have_mixed_resolution() -> None:
+    """MM1 8.3: eight shots and a query of which the last three are split take 3 x 720 + 6 x 144 tokens."""
+    tiling = TilingConfig(mode="static", mixed_resolution_images=3)
+    tiles = [
+        tile_plan(480, 640, tile_size=SIDE, tiling=tiling, images_in_sample=9, number=number).num_tiles
+        for number in range(9)
+    ]
+    assert tiles == [1] * 6 + [5] * 3
+    assert 144 * sum(tiles) == 3 * 720 + 6 * 144 == 3024
+    counts = grid_tiles(tiling)[
+        grid_indices(np.full((9, 2), 480), np.full(9, 9), np.arange(9), tile_size=SIDE, tiling=tiling)
+    ]
+    assert counts.tolist() == tiles
+    both = [tile_plan(9, 9, tile_size=SIDE, tiling=tiling, images_in_sample=2, number=n).num_tiles for n in (0, 1)]
+    assert both == [5, 5], "few images are split anyway"
 
 
 def test_samples_with_many_images_are_not_split() -> None:

@@ -90,7 +90,7 @@ def test_rows(tmp_path: Path, unit: str, rows: list[list[str]]) -> None:
 
 def test_digest_of_the_order() -> None:
     decides = OrderOptions(seed=1).decides(RULES) | {"sources": ["aa", "bb"], "shares": [[0, [0.75, 0.25]]]}
-    assert digest_of(decides) == "0ff2b2180bc742bd392497e9f7e52f5e268f6e041e235ce980c184e238ff6842"
+    assert digest_of(decides) == "c0c9cf1a9bfda5dd7fa30917271bef36b0c84e062b8c2e7a417667cfdb4092a4"
 
 
 def test_renderings(tokenizer: Tokenizer) -> None:

@@ -118,7 +118,8 @@ def lengths_of(source: IndexedSource, document: int, rules: PackingRules) -> tup
             tiles.append(0)
             continue
         height, width = source.image_sizes[next(items)].tolist()
-        plan = tile_plan(height, width, tile_size=rules.tile_size, tiling=rules.tiling, images_in_sample=count)
+        place = {"images_in_sample": count, "number": number}
+        plan = tile_plan(height, width, tile_size=rules.tile_size, tiling=rules.tiling, **place)
         texts = sum(map(len, rules.tile_texts.before_tiles(number, plan)))
         lengths.append(plan.num_tiles * rules.slots_per_tile + texts)
         tiles.append(plan.num_tiles)
@@ -135,7 +136,8 @@ def test_random_documents_are_cut_within_the_caps(tmp_path: Path, mode: str, ind
         rng.choice([1, 2, 3, IMAGE], size=rng.integers(1, 90), p=[0.4, 0.3, 0.1, 0.2]).tolist() for _ in range(60)
     ] + [[1] * int(n) for n in rng.integers(1, 200, 20)]
     source = write(tmp_path / "d", documents)
-    tiling = TilingConfig(mode=mode, indicator=indicator, max_split_images=3)
+    mixed = int(rng.integers(3)) if indicator != "index" else 0
+    tiling = TilingConfig(mode=mode, indicator=indicator, max_split_images=3, mixed_resolution_images=mixed)
     texts = TileTexts.build(tiling, lambda text: [7] * len(text))
     rules = replace(
         RULES, seq_length=int(rng.integers(110, 130)), tiling=tiling, max_images=5, max_tiles=32, tile_texts=texts

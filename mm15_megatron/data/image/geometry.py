@@ -64,8 +64,9 @@ class TilePlan:
         return sum(view.num_tiles for view in self.views)
 
 
-@lru_cache(maxsize=65536)
-def tile_plan(height: int, width: int, *, tile_size: int, tiling: TilingConfig, images_in_sample: int = 1) -> TilePlan:
+def tile_plan(
+    height: int, width: int, *, tile_size: int, tiling: TilingConfig, images_in_sample: int = 1, number: int = 0
+) -> TilePlan:
     """Plan the tiles of one image.
 
     Args:
@@ -73,12 +74,20 @@ def tile_plan(height: int, width: int, *, tile_size: int, tiling: TilingConfig, 
         width: pixels.
         tile_size: side of a tile, pixels.
         tiling: mode, range of tiles, place of the overview.
-        images_in_sample: images of the sample; above ``tiling.max_split_images`` no image is split.
+        images_in_sample: images of the sample; above ``tiling.max_split_images`` only the last
+            ``tiling.mixed_resolution_images`` of them are split.
+        number: number of the image in its sample, from 0.
 
     Raises:
         ConfigError: if the range of tiles holds no grid.
     """
-    split = tiling.mode != "none" and images_in_sample <= tiling.max_split_images
+    few = images_in_sample <= tiling.max_split_images
+    last = number >= images_in_sample - tiling.mixed_resolution_images
+    return _tile_plan(height, width, tile_size=tile_size, tiling=tiling, split=tiling.mode != "none" and (few or last))
+
+
+@lru_cache(maxsize=65536)
+def _tile_plan(height: int, width: int, *, tile_size: int, tiling: TilingConfig, split: bool) -> TilePlan:
     # Dynamic splitting keeps the aspect ratio everywhere; ``resize`` decides for the other modes.
     fit = tiling.mode == "dynamic" or tiling.resize == "fit"
     whole = _view((1, 1), height, width, tile_size=tile_size, fit=fit)
@@ -166,13 +175,19 @@ def grid_tiles(tiling: TilingConfig) -> Int64:
 
 
 def grid_indices(
-    sizes_N2: npt.NDArray[np.integer], images_in_sample_N: Int64, *, tile_size: int, tiling: TilingConfig
+    sizes_N2: npt.NDArray[np.integer],
+    images_in_sample_N: Int64,
+    numbers_N: Int64,
+    *,
+    tile_size: int,
+    tiling: TilingConfig,
 ) -> Int64:
     """Return the grid of many images at once, as ``tile_plan(...).grid`` does for one.
 
     Args:
         sizes_N2: [n, 2], height and width, pixels.
         images_in_sample_N: int64 [n], images of the sample each belongs to.
+        numbers_N: int64 [n], number of each image in its sample.
         tile_size: side of a tile, pixels.
         tiling: mode and range of tiles.
 
@@ -183,6 +198,7 @@ def grid_indices(
     if tiling.mode == "none":
         return found_N
     split_N = images_in_sample_N <= tiling.max_split_images
+    split_N |= numbers_N >= images_in_sample_N - tiling.mixed_resolution_images
     if tiling.mode == "static":
         found_N[split_N] = 1
         return found_N
@@ -199,5 +215,6 @@ def grid_indices(
 def tile_counts(
     sizes_N2: npt.NDArray[np.integer], images_in_sample_N: Int64, *, tile_size: int, tiling: TilingConfig
 ) -> Int64:
-    """Return ``tile_plan(...).num_tiles`` of many images at once, int64 [n]."""
-    return grid_tiles(tiling)[grid_indices(sizes_N2, images_in_sample_N, tile_size=tile_size, tiling=tiling)]
+    """Return ``tile_plan(...).num_tiles`` of many first images at once, int64 [n]."""
+    first_N = np.zeros(len(sizes_N2), np.int64)
+    return grid_tiles(tiling)[grid_indices(sizes_N2, images_in_sample_N, first_N, tile_size=tile_size, tiling=tiling)]
