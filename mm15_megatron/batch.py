@@ -104,7 +104,7 @@ class StepCounts:
 class MMBatch:
     """One micro-batch for one rank.
 
-    All tensors of a batch lie on one device. A stage that does not need a field carries ``None`` there: image fields
+    All tensors of a batch lie on one device. A stage that does not need a field may carry ``None`` there: image fields
     exist on pipeline stage 0 alone, ``tokens_T`` on the first stage; ``labels_T``, ``loss_mask_T`` and ``sources_T`` on
     the last.
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from mm15_megatron.config.parse import parse_run
+from mm15_megatron.config.validate import check_data
 from mm15_megatron.data.indexed.reader import IndexedSource
 from mm15_megatron.data.preprocess.cli import parser_of
 from mm15_megatron.data.tokenizer import Tokenizer, train_character_tokenizer
@@ -45,7 +46,7 @@ def test_python_example_builds_datasets(tmp_path: Path, monkeypatch: pytest.Monk
 def test_training_commands_parse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every command line of the trainer is understood, with the yaml that README shows as my.yaml."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "my.yaml").write_text(block_with("sources:"), encoding="utf-8")
+    (tmp_path / "my.yaml").write_text(block_with("data/talk, "), encoding="utf-8")
     (block,) = (block for block in BLOCKS if "sbatch" in block)
     commands = [re.split(r"mm15_megatron\.train |train\.sbatch ", line)[1] for line in block.splitlines()]
     assert len(commands) == 4
@@ -56,6 +57,15 @@ def test_training_commands_parse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         else:
             assert parsed.output is not None
             assert "language.num_layers" in parsed.output
+
+
+def test_the_mixture_of_readme_is_one(tmp_path: Path) -> None:
+    """The options are those of the trainer, and its rules let them pass."""
+    path = tmp_path / "data.yaml"
+    path.write_text(block_with("mixture_unit: row"))
+    cfg = parse_run(["--preset", "mm15_3b", "--config", str(path), "data.tokenizer=t.json"], presets=REGISTRY).config
+    check_data(cfg)
+    assert [(s.weight, len(s.changes)) for s in cfg.data.sources] == [(0.45, 0), (0.45, 1), (0.1, 0)]
 
 
 def test_preprocessing_commands_parse() -> None:

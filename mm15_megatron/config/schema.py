@@ -169,7 +169,10 @@ class SourceConfig:
         None, "share of what epochs leave, normalised over the sources with a weight; None = 1, unless epochs are given"
     )
     changes: tuple[WeightChange, ...] = option((), "later weights, a list of {first, weight}")
-    epochs: float | None = option(None, "how often the run sees each document, instead of a weight")
+    epochs: float | None = option(
+        None,
+        "how often the run sees each document, within a few rows, instead of a weight; a shorter run shares them",
+    )
     name: str = option("", "name in logs and in the ledger; empty = the last part of the prefix")
 
 

@@ -143,13 +143,14 @@ def _values(
     if cfg.data.mixture_unit == "token":
         assert sizes is not None
         weights /= [size.tokens / size.rows for size in sizes]
-    rest = 1.0 - math.fsum(share for share in fixed if share is not None)
+    rest = max(0.0, 1.0 - math.fsum(share for share in fixed if share is not None))
     total = math.fsum(weights)
     if all(share is not None for share in fixed):
         return tuple(share or 0.0 for share in fixed)
     if total <= 0:
+        unit = "sample" if cfg.data.mixture_unit == "sample" else "row"
         raise ConfigError(
-            f"from {cfg.data.batch_unit} {first} on no source has a weight above 0",
+            f"from {unit} {first} on no source has a weight above 0",
             fix="give at least one source a weight there",
         )
     return tuple(
@@ -186,7 +187,7 @@ def _epoch_shares(
     ]
     asked = math.fsum(units for units in wanted if units is not None)
     only_epochs = all(units is not None for units in wanted)
-    if asked > total * (1 + 1e-9) and not only_epochs or (only_epochs and total > math.ceil(asked)):
+    if (asked >= total and not only_epochs) or (only_epochs and total > math.ceil(asked)):
         steps = int(asked) // cfg.train.global_batch_size
         raise ConfigError(
             f"the epochs of the sources are {asked:.0f} {unit}, and train.steps = {cfg.train.steps} takes {total}",
@@ -228,10 +229,14 @@ def _run_counts(
     Where samples are mixed in rows, the samples of the run follow from the tokens that rows hold: full ones, nearly.
     """
     total = run_units(cfg)
-    if by_sample and cfg.data.batch_unit == "rows":
-        first, values = mixture.shares[0]
-        tokens = math.fsum(
-            share * size.tokens / max(1, size.samples) for share, size in zip(values.tolist(), sizes, strict=True)
-        )
-        total = int(total * cfg.data.seq_length / tokens)
-    return mixture.count_before(total)
+    if not by_sample or cfg.data.batch_unit == "samples":
+        return mixture.count_before(total)
+    mean_tokens = np.array([size.tokens / max(1, size.samples) for size in sizes])
+    low, high = 0, total * cfg.data.seq_length
+    while low < high:  # the samples whose tokens fill the rows
+        middle = (low + high) // 2
+        if (mixture.count_before(middle) * mean_tokens).sum() < total * cfg.data.seq_length:
+            low = middle + 1
+        else:
+            high = middle
+    return mixture.count_before(low)

@@ -45,9 +45,10 @@ class _MicroBatches(Dataset[MMBatch]):
 class _Steps:
     """The rows of each step; asked by the training loop, and by the stream of tasks, which runs ahead of it."""
 
-    def __init__(self, order: RowOrder, plan: BatchPlan) -> None:
+    def __init__(self, order: RowOrder, plan: BatchPlan, *, keep: int) -> None:
         self._order = order
         self._plan = plan
+        self._keep = keep
         self._kept: OrderedDict[int, RowRange] = OrderedDict()
 
     def at(self, consumed: int) -> RowRange:
@@ -55,7 +56,7 @@ class _Steps:
         if consumed not in self._kept:
             rows = self._order.step(consumed, self._plan.units_of_step(consumed))
             self._kept[consumed] = self._plan.filled_up(rows)
-            while len(self._kept) > _STEPS_KEPT:
+            while len(self._kept) > self._keep:
                 self._kept.popitem(last=False)
         return self._kept[consumed]
 
@@ -166,9 +167,10 @@ class Loader:
         self.order = order
         # One rank of the run tells what packing left out, once for each epoch of a source.
         self._tells = is_first_reader(view)
-        self._told = [0] * len(order.reports)
+        self._told = [report.epochs for report in order.reports]  # an order that stays open was told of before
         self._consumed, self._handed_out = consumed, 0
-        self._steps = _Steps(order, plan)
+        # what workers prepare ahead is asked for again when it is handed out
+        self._steps = _Steps(order, plan, keep=_STEPS_KEPT + num_workers * prefetch_factor)
         stream = _TaskStream(self._steps, plan, data_rank=view.data_rank, consumed=consumed, counts_steps=counts_steps)
         before = set(multiprocessing.active_children())
         loader = DataLoader(
@@ -217,14 +219,14 @@ class Loader:
         if self._tells:
             self._tell_losses()
         self._handed_out += 1
+        shape = self.step(self._consumed)
+        if self._handed_out == shape.micro_batches:
+            self._handed_out, self._consumed = 0, self._consumed + shape.units
         return batch
 
     @property
     def consumed(self) -> int:
         """Units of the steps whose micro-batches were all handed out, and of those before this loader started."""
-        while self._handed_out >= (shape := self.step(self._consumed)).micro_batches:
-            self._handed_out -= shape.micro_batches
-            self._consumed += shape.units
         return self._consumed
 
     def state_dict(self) -> dict[str, int | str]:

@@ -64,7 +64,7 @@ class Mixture:
             shares.append((part.first, values / values.sum()))
         self.shares = tuple(shares)
         self._firsts = firsts
-        self._ends = [[min(round(end * _CIRCLE), _CIRCLE) for end in np.cumsum(v).tolist()[:-1]] for _, v in shares]
+        self._ends = [_ends(values) for _, values in shares]
         self._key = derive_key(seed, "mixture")
         self._sources = shares[0][1].size
 
@@ -100,6 +100,13 @@ class Mixture:
         """
         reached = _floor_sum(count, slope=_GOLDEN, offset=self._key)
         return reached - _floor_sum(count, slope=_GOLDEN, offset=self._key - end)
+
+
+def _ends(values: npt.NDArray[np.float64]) -> list[int]:
+    """Return where the stretch of each source but the last ends; rounding leaves none to sources of weight 0."""
+    last = int(np.flatnonzero(values)[-1])
+    ends = np.cumsum(values).tolist()
+    return [_CIRCLE if i >= last else min(round(end * _CIRCLE), _CIRCLE) for i, end in enumerate(ends[:-1])]
 
 
 def _floor_sum(count: int, *, slope: int, offset: int) -> int:

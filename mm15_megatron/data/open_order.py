@@ -151,12 +151,11 @@ def epoch_sizes(sources: Sequence[OrderedSource], *, tell: Tell) -> list[EpochSi
         missing = range(len(source.table), source.chunks)
         if len(missing) < _WORTH_A_POOL:
             source.table.extend(source.chunks)
+            source.table.write()
             continue
-        lines = []
         for done, line in enumerate(_lines(source.stream, missing), start=1):
-            lines.append(line)
+            source.table.add(line)  # a packing that is interrupted goes on from here
             tell(done, len(missing), source.name)
-        source.table.add(np.stack(lines))
         source.check_usable()
     return [EpochSize.of(source.name, source.table.before(source.chunks)) for source in sources]
 

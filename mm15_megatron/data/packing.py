@@ -19,14 +19,14 @@ from mm15_megatron.data.tile_text import TileTexts
 
 Int64 = npt.NDArray[np.int64]
 
-PACKING_VERSION: Final = 2  # part of the order's digest: raise it whenever the same documents would give other rows
+PACKING_VERSION: Final = 3  # part of the order's digest: raise it whenever the same documents would give other rows
 MAX_SAMPLES_PER_ROW: Final = 256  # bounds the segments of a row, so that the bounds tensor has a constant length
 _NO_TEXTS: Final = TileTexts()
 _BATCHES: Final = 256  # of samples that are placed at once: more fill rows no better, and take longer
 _ALSO_BINDS: Final = 0.8  # a cap that needs this share of the rows that the tightest one needs binds too
 _MANY_SAMPLES: Final = 8  # samples of a row on average from which on they are small
 _SHARE: Final = 1 << 20  # a full cap, in whole numbers
-_ONE_BY_ONE: Final = 1 << 14  # samples up to which each is placed alone: exact, and slow only where there are many
+_ONE_BY_ONE: Final = 1 << 10  # samples up to which each is placed alone: exact, and slow only where there are many
 _IMAGES: Final = 1  # column of the caps
 _FEW_ROWS: Final = 1 << 15  # open rows up to which a second look at them is worth its time
 _TRIES: Final = 8  # samples that do not fit, after which a spread row is full

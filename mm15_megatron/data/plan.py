@@ -91,9 +91,10 @@ def _lost(opened: OpenOrder) -> list[str]:
 
 def _rows_of_steps(cfg: RunConfig, opened: OpenOrder) -> str:
     size = cfg.train.global_batch_size
-    counts = [len(opened.order.step(step * size, size).tasks) for step in range(_STEPS_LOOKED_AT)]
+    first = cfg.train.rampup_batch_size[2] if cfg.train.rampup_batch_size else 0  # behind the ramp
+    counts = [len(opened.order.step(first + step * size, size).tasks) for step in range(_STEPS_LOOKED_AT)]
     return (
-        f"a step of {size} samples takes {np.mean(counts):.1f} rows ({min(counts)} to {max(counts)} in the first "
+        f"a step of {size} samples takes {np.mean(counts):.1f} rows ({min(counts)} to {max(counts)} in "
         f"{len(counts)} steps), filled up with empty ones for the ranks"
     )
 

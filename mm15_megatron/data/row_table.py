@@ -8,7 +8,9 @@ numbers and the numbers, int64 in lines of a fixed length.
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Final
@@ -17,6 +19,8 @@ import numpy as np
 import numpy.typing as npt
 
 Int64 = npt.NDArray[np.int64]
+
+_LOGGER = logging.getLogger(__name__)
 
 _DIGEST_BYTES: Final = hashlib.sha256().digest_size
 
@@ -30,6 +34,9 @@ class ChunkTable:
         measure: computes the line of a chunk, int64 [columns].
         writes: whether this process writes the file.
         together: chunks that become known between two writes of the file.
+
+    Attributes:
+        path: as given.
     """
 
     def __init__(
@@ -41,7 +48,7 @@ class ChunkTable:
         writes: bool = False,
         together: int = 1,
     ) -> None:
-        self._path = path
+        self.path = path
         self._measure = measure
         self._writes = writes
         self._together = together
@@ -78,12 +85,14 @@ class ChunkTable:
             return
         while len(self) < chunks:
             self._append(self._measure(len(self))[None])
-        self._write()
+        # Rarer the longer it is: a table of a thousand short epochs is not written a thousand times.
+        if len(self) - self._written >= max(self._together, self._written // 8):
+            self.write()
 
-    def add(self, lines: Int64) -> None:
-        """Append the lines of the next chunks, computed elsewhere, int64 [chunks, columns]."""
-        self._append(lines)
-        self._write()
+    def add(self, line: Int64) -> None:
+        """Append the line of the next chunk, computed elsewhere, int64 [columns]."""
+        self._append(line[None])
+        self.write()
 
     @property
     def _sums(self) -> Int64:
@@ -99,31 +108,39 @@ class ChunkTable:
 
     def _stored(self) -> Int64:
         nothing = np.zeros((0, self._columns), np.int64)
-        if self._path is None or not self._path.is_file():
+        if self.path is None or not self.path.is_file():
             return nothing
-        content = self._path.read_bytes()
+        content = self.path.read_bytes()
         digest, numbers = content[:_DIGEST_BYTES], content[_DIGEST_BYTES:]
         if hashlib.sha256(numbers).digest() != digest or len(numbers) % (8 * self._columns):
             return nothing  # damaged: what it would say is computed again
         return np.frombuffer(numbers, dtype="<i8").reshape(-1, self._columns).astype(np.int64)
 
-    def _write(self) -> None:
-        """Write the file, unless another run with the same order already wrote more of it."""
-        # Rarer the longer it is: a table of a thousand short epochs is not written a thousand times.
-        worth_it = len(self) - self._written >= max(self._together, self._written // 8)
-        if self._path is None or not self._writes or not worth_it:
+    def write(self) -> None:
+        """Write the file, unless another run with the same order already wrote more of it.
+
+        A file that cannot be written is told of once: the table goes on in memory.
+        """
+        if self.path is None or not self._writes:
             return
+        try:
+            self._write(self.path)
+        except OSError as error:
+            self._writes = False
+            _LOGGER.warning("the table %s cannot be written, and a resumed run will pack again: %s", self.path, error)
+
+    def _write(self, path: Path) -> None:
         self._written = len(self)
         if len(self._stored()) >= len(self):
             return
         numbers = np.diff(self._sums, axis=0).astype("<i8").tobytes()
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self._path.with_name(f"{self._path.name}.{os.getpid()}.partial")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
         try:
             with partial.open("wb") as stream:
                 stream.write(hashlib.sha256(numbers).digest() + numbers)
                 stream.flush()
                 os.fsync(stream.fileno())
-            os.replace(partial, self._path)
+            os.replace(partial, path)
         finally:
             partial.unlink(missing_ok=True)

@@ -143,7 +143,7 @@ class PackedRows:
     """Packed samples: row i holds samples ``starts[i]`` to ``starts[i + 1]`` and ``tiles[i]`` tiles."""
 
     sources: Int32
-    documents: Int32
+    documents: Int64
     first: Int32
     stop: Int32
     starts: Int64
@@ -175,7 +175,7 @@ def pack_samples(sources: Int64, pieces: Pieces, rules: PackingRules, *, key: in
     tiles = np.concatenate(([0], np.cumsum(pieces.sizes.tiles[order])))[starts]
     return PackedRows(
         sources[order].astype(np.int32),
-        pieces.documents[order].astype(np.int32),
+        pieces.documents[order],
         pieces.first[order].astype(np.int32),
         pieces.stop[order].astype(np.int32),
         starts,
@@ -218,7 +218,8 @@ class SourceStream:
     @property
     def digest(self) -> str:
         """SHA-256 of everything that decides the samples of this source, and its rows."""
-        return digest_of(self._options.decides(self._rules) | {"source": self._reader.manifest.digest})
+        source = {"source": self._reader.manifest.digest, "columns": self.columns}
+        return digest_of(self._options.decides(self._rules) | source)
 
     def samples(self, chunk: int) -> tuple[Pieces, Int64]:
         """Return the samples of a chunk in their order, and the account of its documents."""
@@ -272,6 +273,8 @@ class OrderedSource:
         self._rows = Recent(self.stream.rows)
         self._by_sample = options.mixes_samples
         self._begun = 0
+        if len(self.table) >= self.chunks:
+            self.check_usable()
 
     @property
     def report(self) -> PackingReport:
@@ -300,7 +303,8 @@ class OrderedSource:
         while len(tasks) < stop - first:
             at = first + len(tasks)
             chunk, before = self.table.find(at, column=len(COUNTED))
-            rows, _ = self._rows(chunk)
+            rows, counted = self._rows(chunk)
+            self._check_line(chunk, np.append(counted, len(rows)))
             self._begun = max(self._begun, chunk + 1)
             here = range(at - before, min(stop - before, len(rows)))
             tiles[len(tasks) : len(tasks) + len(here)] = rows.tiles[here.start : here.stop]
@@ -313,7 +317,8 @@ class OrderedSource:
         parts = [Pieces(none, none, none, Sizes(none, none, none))]
         while first < stop:
             chunk, before = self.table.find(first, column=_SAMPLES)
-            pieces, _ = self._samples(chunk)
+            pieces, counted = self._samples(chunk)
+            self._check_line(chunk, np.append(counted, 0))
             self._begun = max(self._begun, chunk + 1)
             end = min(stop - before, len(pieces.documents))
             parts.append(pieces.of(np.arange(first - before, end)))
@@ -329,6 +334,14 @@ class OrderedSource:
         if chunk + 1 == self.chunks:
             self._check_usable(self.table.before(chunk) + line)
         return line
+
+    def _check_line(self, chunk: int, found: Int64) -> None:
+        if not np.array_equal(self.table.line(chunk), found):
+            raise DataError(
+                f"chunk {chunk} of source {self.name!r} packs into {found[-1]} rows and {found[_SAMPLES]} samples, its "
+                f"table says {self.table.line(chunk)[-1]} and {self.table.line(chunk)[_SAMPLES]}",
+                fix=f"another program wrote {self.table.path}: remove it, or set data.plan_dir to a folder of your own",
+            )
 
     def check_usable(self) -> None:
         """Check that an epoch holds something to train on.

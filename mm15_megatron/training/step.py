@@ -130,7 +130,7 @@ class _Sums:
         self.total[:_WHOLE] += per_token_3T.sum(dim=1).double()
         if sources_T is not None and len(self.total) > _WHOLE:
             by_source_S2 = self.total[_WHOLE:].view(-1, 2)
-            by_source_S2.index_add_(0, sources_T, per_token_3T[[0, 2]].T.double())
+            by_source_S2.index_add_(0, sources_T, per_token_3T[::2].T.double())
 
 
 def train_step(parts: StepParts, batches: Iterator[MMBatch], *, num_microbatches: int) -> StepOutput:

@@ -23,6 +23,7 @@ from mm15_megatron.config.schema import (
 from mm15_megatron.data.indexed.writer import DatasetWriter
 from mm15_megatron.data.loader import build_loader
 from mm15_megatron.data.open_order import open_order, plan_folder, run_shares, write_tables
+from mm15_megatron.data.pieces import COUNTED
 from mm15_megatron.data.row_order import RowOrder
 from mm15_megatron.data.tokenizer import Tokenizer
 from mm15_megatron.errors import ConfigError, DataError
@@ -134,7 +135,7 @@ def test_changes_of_weights(cfg: RunConfig) -> None:
     for part, expected in zip(np.split(chosen, 3), (0, 50, 75), strict=True):
         assert abs(int(part.sum()) - expected) <= (SHARE_TOLERANCE if expected else 0)
     nobody = with_sources(cfg, {"name": "short", "changes": (WeightChange(10, 0.0),)})
-    with pytest.raises(ConfigError, match="from rows 10 on no source has a weight above 0"):
+    with pytest.raises(ConfigError, match="from row 10 on no source has a weight above 0"):
         open_order(nobody)
 
 
@@ -169,6 +170,69 @@ def test_many_chunks_are_packed_by_several_processes(cfg: RunConfig) -> None:
     again = open_order(mixed, chunks_of_epoch=lambda *said: told.append(said))
     assert len(told) == 13, "the tables know it now"
     assert again.order.digest == opened.order.digest
+
+
+def test_the_plan_of_mixed_rows_follows_the_schedule(cfg: RunConfig) -> None:
+    """Long samples that come later make the run's samples fewer: they are counted until their tokens fill the rows."""
+    sources = ({"name": "short"}, {"name": "long", "weight": 0.0, "changes": (WeightChange(100, 1.0),)})
+    mixed = with_sources(cfg, *sources, mixture_unit="sample")
+    order = open_order(mixed).order
+    short, long = run_shares(mixed, order)
+    lengths = {
+        n: open_order(with_sources(cfg, {"name": n})).order.sources[0].table.before(1) for n in ("short", "long")
+    }
+    mean = {name: line[COUNTED.index("tokens")] / line[COUNTED.index("samples")] for name, line in lengths.items()}
+    assert short.units * mean["short"] + long.units * mean["long"] == pytest.approx(400 * 64, rel=0.02)
+    assert short.units == pytest.approx(100 + long.units, abs=SHARE_TOLERANCE)
+
+
+def test_a_source_without_a_usable_document_is_refused_every_time(cfg: RunConfig, tokenizer: Tokenizer) -> None:
+    """Also when its table is there already, whoever packed it."""
+    folder = Path(cfg.train.run_dir).parent
+    with DatasetWriter(
+        folder / "bad", kind="text", tokenizer_digest=tokenizer.digest, image_sentinel_id=tokenizer.image_id
+    ) as writer:
+        for _ in range(40):
+            writer.add_document([9])
+    blocks = {"shuffle": "blocks", "shuffle_block": 4, "shuffle_window": 2}
+    bad = with_sources(cfg, {"name": "bad"}, **blocks)
+    for _ in range(2):
+        with pytest.raises(DataError, match="no document of source 'bad' fits a row"):
+            open_order(bad, writes=True, chunks_of_epoch=lambda *said: None)
+    with pytest.raises(DataError, match="no document of source 'bad' fits a row"):
+        open_order(bad)
+
+
+def test_an_interrupted_packing_goes_on(cfg: RunConfig) -> None:
+    blocks = {"shuffle": "blocks", "shuffle_block": 4, "shuffle_window": 2}
+    one = with_sources(cfg, {"name": "short"}, **blocks)
+
+    def interrupted(done: int, total: int, name: str) -> None:
+        if done == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        open_order(one, writes=True, chunks_of_epoch=interrupted)
+    assert len(open_order(one).order.sources[0].table) == 3
+    told: list[int] = []
+    open_order(one, writes=True, chunks_of_epoch=lambda done, total, name: told.append(total))
+    assert told == [5] * 5
+    assert len(open_order(one).order.sources[0].table) == 8
+
+
+def test_a_folder_of_tables_that_cannot_be_written(cfg: RunConfig, caplog: pytest.LogCaptureFixture) -> None:
+    one = with_sources(cfg, {"name": "short"}, plan_dir=str(Path(cfg.train.run_dir).parent / "short.json"))
+    with build_loader(one, view=RankView()) as loader:
+        next(loader)
+    assert [record.message.split(" cannot")[0].rpartition("/")[2][:6] for record in caplog.records] == ["short-"]
+    assert "a resumed run will pack again" in caplog.text
+
+
+def test_epochs_leave_nothing_for_a_weight(cfg: RunConfig) -> None:
+    sizes = open_order(with_sources(cfg, {"name": "short", "epochs": 1.0}, {"name": "long"})).order.sources
+    all_of_it = 400 / int(sizes[0].table.before(sizes[0].chunks)[-1])
+    with pytest.raises(ConfigError, match="the epochs of the sources are 400 rows, and train.steps = 50 takes 400"):
+        open_order(with_sources(cfg, {"name": "short", "epochs": all_of_it}, {"name": "long"}))
 
 
 def test_a_text_source_trains(cfg: RunConfig) -> None:

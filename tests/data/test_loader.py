@@ -30,6 +30,7 @@ from mm15_megatron.data.indexed.format import read_manifest
 from mm15_megatron.data.indexed.reader import IndexedSource
 from mm15_megatron.data.indexed.writer import DatasetWriter, EncodedImage
 from mm15_megatron.data.loader import build_loader
+from mm15_megatron.data.row_order import RowOrder
 from mm15_megatron.data.tokenizer import Tokenizer, train_character_tokenizer
 from mm15_megatron.errors import ConfigError, DataError
 
@@ -206,6 +207,20 @@ def test_the_state_says_where_to_go_on(cfg: RunConfig) -> None:
     with build_loader(cfg, view=RankView(), consumed=int(state["consumed"])) as loader:
         assert loader.consumed == 16
         assert_equal(next(loader), straight[8])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_every_step_is_ordered_once(cfg: RunConfig, workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asking for the shape of a step or for the position packs nothing again."""
+    asked: list[int] = []
+    step = RowOrder.step
+    monkeypatch.setattr(RowOrder, "step", lambda self, first, units: asked.append(first) or step(self, first, units))
+    with build_loader(with_data(cfg, num_workers=workers), view=RankView()) as loader:
+        for number in range(20):
+            for _ in range(loader.step(8 * number).micro_batches):
+                next(loader)
+            assert loader.consumed == 8 * (number + 1)
+    assert len(asked) == len(set(asked)) <= 24
 
 
 def test_resume_continues_the_straight_run(cfg: RunConfig) -> None:

@@ -48,6 +48,12 @@ def test_weights_change_on_schedule() -> None:
     assert np.abs(counts - 3997 * np.array([0.25, 0.25, 0.5])).max() <= SHARE_TOLERANCE
 
 
+def test_rounding_leaves_nothing_to_a_source_that_rests() -> None:
+    mixture = constant(*[0.1] * 10, 0.0)
+    assert mixture.count_before(10**18)[-1] == 0
+    assert Mixture([Weights(0, (1, 0, 0))], seed=0).choose(0, 1000).max() == 0
+
+
 def test_one_source() -> None:
     assert constant(7).choose(0, 5).tolist() == [0] * 5
     assert constant(7).count_before(10).tolist() == [10]

@@ -67,7 +67,7 @@ def test_batches_of_samples(cfg: RunConfig) -> None:
     mixed = replace(cfg, data=replace(cfg.data, mixture_unit="sample", batch_unit="samples"))
     text = plan_text(mixed, tell=silent)
     assert "plan of 50 steps, 400 samples of training" in text
-    assert re.search(r"a step of 8 samples takes \d\.\d rows \(\d to \d in the first 16 steps\)", text)
+    assert re.search(r"a step of 8 samples takes \d\.\d rows \(\d to \d in 16 steps\)", text)
     assert cells(text, "books")[0][4] == "-"
     assert cells(text, "books")[1][4] == "50.00%"
 

@@ -14,12 +14,13 @@ from mm15_megatron.config.schema import TilingConfig
 from mm15_megatron.data.batch_plan import BatchPlan
 from mm15_megatron.data.epoch_order import EpochOrder, Shuffle
 from mm15_megatron.data.indexed.reader import IndexedSource
+from mm15_megatron.data.packing import Sizes
 from mm15_megatron.data.permutation import derive_key, permute
-from mm15_megatron.data.pieces import cut_documents
+from mm15_megatron.data.pieces import Pieces, cut_documents
 from mm15_megatron.data.row_order import RowOrder, RowRange, RowTask
 from mm15_megatron.data.row_table import ChunkTable
 from mm15_megatron.data.samples import SampleRef
-from mm15_megatron.data.source_order import OrderOptions
+from mm15_megatron.data.source_order import OrderOptions, pack_samples
 from mm15_megatron.errors import ConfigError, DataError
 from tests.data.rows import RULES, image_source, row_order, text_source
 
@@ -194,6 +195,13 @@ def test_tiles_of_rows_are_those_of_their_documents(tmp_path: Path, unit: str) -
     assert len(set(rows.rows(0, 60).tiles_R.tolist())) > 2
 
 
+def test_documents_beyond_four_bytes_keep_their_number() -> None:
+    far = np.array([2**31 + 5, 7])
+    pieces = Pieces(far, np.zeros(2, np.int64), np.array([3, 3]), Sizes(np.array([3, 3]), *[np.zeros(2, np.int64)] * 2))
+    rows = pack_samples(np.zeros(2, np.int64), pieces, RULES, key=None)
+    assert [sample.document for sample in rows.samples(0)] == far.tolist()
+
+
 def test_the_digest_of_a_source_does_not_depend_on_the_others(sources: list[IndexedSource]) -> None:
     alone, together = row_order(sources[1:2], [1.0]), row_order(sources, [1.0, 1.0, 1.0])
     assert alone.sources[0].stream.digest == together.sources[1].stream.digest
@@ -248,6 +256,22 @@ def test_a_damaged_table_is_computed_again(tmp_path: Path, damage: str) -> None:
     assert len(table) == 0
     table.extend(2)
     assert len(ChunkTable(path, columns=columns, measure=squares)) == 2
+
+
+@pytest.mark.parametrize("unit", UNITS)
+@pytest.mark.parametrize("wrong", [-1, 1])
+def test_a_table_of_other_rows_is_an_error(sources: list[IndexedSource], unit: str, wrong: int, tmp_path: Path) -> None:
+    """A valid file whose numbers are another program's: never other rows, never an endless search."""
+    options = replace(OPTIONS, chunk_samples=16, tables=tmp_path, writes=True)
+    order(sources, unit=unit, options=options).rows(0, 100)
+    source = order(sources, unit=unit, options=options).sources[0]
+    columns = len(source.stream.columns)
+    lines = [source.table.line(chunk) for chunk in range(4)]
+    lines[0] = lines[0] + wrong
+    source.table.path.unlink()
+    ChunkTable(source.table.path, columns=columns, measure=lines.__getitem__, writes=True).extend(4)
+    with pytest.raises(DataError, match=r"(?s)chunk 0 of source 'a' packs into .*, its table says .*remove it"):
+        order(sources, unit=unit, options=options).rows(0, 100)
 
 
 @pytest.mark.parametrize("unit", UNITS)
