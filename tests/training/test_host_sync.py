@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from mm15_megatron.accounting import sparse_layers
-from mm15_megatron.config.schema import RunConfig
+from mm15_megatron.config.schema import RunConfig, SourceConfig
 from mm15_megatron.models import mm_model
 from mm15_megatron.models.rope import rotary_table
 from mm15_megatron.parallel.topology import close_topology
@@ -24,7 +24,8 @@ from mm15_megatron.parity.trace import build_parts, micro_batches
 from mm15_megatron.training.step import train_step
 
 from ..helpers.host_sync import Read, host_reads
-from ..helpers.layouts import Layout, debug_config
+from ..helpers.layouts import Layout, change, debug_config
+from ..helpers.sources import with_sources
 
 
 @dataclass(frozen=True)
@@ -114,10 +115,13 @@ def _step(cfg: RunConfig, prepare: Callable[[], None] | None) -> list[Read]:
     if prepare is not None:
         prepare()
     for step in range(2):
-        batches = list(micro_batches(cfg, parts.topology, step=step))
+        batches = [with_sources(batch) for batch in micro_batches(cfg, parts.topology, step=step)]
         with host_reads() as reads:
             output = train_step(parts, iter(batches), num_microbatches=len(batches))
         assert output.applied
+        weights = [weight for _, weight in output.by_source]
+        assert min(weights) > 0
+        assert sum(weights) == output.targets
     close_topology()
     return reads
 
@@ -127,7 +131,8 @@ def reads_of(
 ) -> tuple[list[Read], int]:
     """Reads of rank 0 and the number of its micro-batches."""
     chosen = Layout(1, {}) if layout == "one" else parse_layout(layout)
-    cfg = chosen.apply(debug_config(preset, **sections))
+    two = (SourceConfig(prefix="a"), SourceConfig(prefix="b"))
+    cfg = change(chosen.apply(debug_config(preset, **sections)), data={"sources": two})
     reads = run_on_ranks(_step, chosen.world_size, cfg=cfg, prepare=prepare)[0]
     data_size = chosen.world_size // cfg.parallel.tensor_model_parallel_size
     return reads, cfg.train.global_batch_size // cfg.train.micro_batch_size // data_size
