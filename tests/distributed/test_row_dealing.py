@@ -53,7 +53,7 @@ def one_step(cfg: RunConfig) -> tuple[LossSums, list[int], dict[str, torch.Tenso
             yield batch
 
     with build_loader(cfg, view=parts.topology.view) as loader:
-        sums = accumulate_gradients(parts, noted(), num_microbatches=loader.micro_batches_per_step(0))
+        sums = accumulate_gradients(parts, noted(), num_microbatches=loader.step(0).micro_batches)
     gradients = gathered_gradients(parts)
     close_topology()
     return sums, rows, gradients
