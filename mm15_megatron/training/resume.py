@@ -52,7 +52,9 @@ def check_same_data(checkpoint: Checkpoint, cfg: RunConfig, *, order: RowOrder) 
     digest = order.digest
     if checkpoint.data_digest == digest:
         return
-    sections = ("data.", "tiling.", "connector.num_tokens", "train.seed", "train.steps", "train.global_batch_size")
+    sections: tuple[str, ...] = ("data.", "tiling.", "connector.num_tokens", "train.seed")
+    if any(source.epochs is not None for source in cfg.data.sources):  # they are shares of the run's length
+        sections += ("train.steps", "train.global_batch_size", "train.rampup_batch_size")
     changes = [
         f"{c.path}: {value_text(c.left)} -> {value_text(c.right)}"
         for c in diff(checkpoint.config, cfg)
