@@ -1,42 +1,53 @@
-"""Build the quickstart's data in the final indexed format: captions, conversations, and held-out questions.
+"""Write the quickstart's data as the files that others publish, for the preprocessing tools to read.
 
-    python -m examples.quickstart.build_dataset --out runs/quickstart/data
+    python -m examples.quickstart.build_dataset --out runs/quickstart
 
-Writes ``tokenizer.json``, the training sources ``captions`` and ``conversations``, and the source ``heldout`` (one
-question a document) with ``heldout_questions.json``, which says of each document its kind, question, answer, and what
-is in the picture.
+Writes below ``files/`` of that folder
+
+    images/                   every picture, PNG or JPEG, a thousand to a folder
+    captions.jsonl            a picture and its caption a line
+    interleaved.jsonl         positioned documents: some pictures, a paragraph behind each
+    text.jsonl                documents without pictures
+    conversations.json        LLaVA's form, one or two questions about a picture
+    heldout.json              the same, one held-out question each
+
+and below ``data/`` the ``tokenizer.json`` and ``heldout_questions.json``, which says of each held-out question its
+kind, its answer and what is in the picture. ``preprocess.sh`` makes the datasets of it.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from examples.quickstart import digits
-from mm15_megatron.data.build import BuildOptions
-from mm15_megatron.data.captions import build_captions
-from mm15_megatron.data.sft import Conversation, Turn, build_conversations, render
+from mm15_megatron.data.sft import Turn, render
 from mm15_megatron.data.tokenizer import IMAGE_TOKEN, Tokenizer
 
 SEED = 20250
-SHARES = (0.4, 0.25, 0.15, 0.2)  # of the kinds of pictures: singles, pairs, threes, fours
+SHARES = (0.3, 0.25, 0.2, 0.25)  # of the kinds of pictures: singles, pairs, threes, fours
 VOCABULARY = 256  # tokens at most
 TURNS = 2  # questions a conversation asks about its picture, at most
+PICTURES = (2, 3, 4)  # of an interleaved document
+SUMS = 5  # of a document without pictures
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much is built: training pictures of each source, and held-out pictures of each kind but singles."""
+    """How much is written: training documents of each kind, and held-out questions of each kind but singles."""
 
     captions: int = 15000
-    conversations: int = 45000
+    interleaved: int = 7000
+    text: int = 3000
+    conversations: int = 36000
     heldout: int = 360
 
 
@@ -47,25 +58,26 @@ def pictures(scans: digits.Scans, count: int, rng: np.random.Generator) -> Itera
         yield digits.compose(scans, chosen, rng, distort=True)
 
 
-def captions(scans: digits.Scans, count: int, rng: np.random.Generator) -> Iterator[tuple[bytes, str]]:
-    """Pictures, every second one a JPEG, and their captions."""
-    for number, picture in enumerate(pictures(scans, count, rng)):
-        yield digits.encode(picture.pixels, jpeg=number % 2 == 1), digits.caption(picture)
-
-
-def conversations(scans: digits.Scans, count: int, rng: np.random.Generator) -> Iterator[Conversation]:
-    """Pictures, every second one a JPEG, with one or two questions in random order."""
-    for number, picture in enumerate(pictures(scans, count, rng)):
+def questions(
+    scans: digits.Scans, count: int, rng: np.random.Generator
+) -> Iterator[tuple[digits.Picture, list[digits.Question]]]:
+    """Pictures with one or two questions in random order."""
+    for picture in pictures(scans, count, rng):
         asked = digits.questions(picture, rng)
-        order = rng.permutation(len(asked))[:TURNS]
-        turns = [turn for at, index in enumerate(order) for turn in dialogue(asked[index], first=at == 0)]
-        yield Conversation(tuple(turns), (digits.encode(picture.pixels, jpeg=number % 2 == 1),))
+        yield picture, [asked[index] for index in rng.permutation(len(asked))[:TURNS]]
 
 
 def dialogue(question: digits.Question, *, first: bool) -> tuple[Turn, Turn]:
     """A question and its answer; the picture stands before the first question."""
     asked = f"{IMAGE_TOKEN}\n{question.text}" if first else question.text
     return Turn("user", asked), Turn("assistant", question.answer)
+
+
+def sums(rng: np.random.Generator) -> str:
+    """A few sums of one digit, such as ``3 and 5 are 8``."""
+    totals = rng.integers(10, size=SUMS)
+    firsts = rng.integers(totals + 1)
+    return ", ".join(f"{a} and {t - a} are {t}" for a, t in zip(firsts.tolist(), totals.tolist(), strict=True))
 
 
 def heldout(scans: digits.Scans, count: int) -> list[tuple[digits.Picture, digits.Question]]:
@@ -87,6 +99,9 @@ def heldout(scans: digits.Scans, count: int) -> list[tuple[digits.Picture, digit
     return asked
 
 
+# --- The tokenizer
+
+
 def train_tokenizer(texts: Iterable[str], path: Path) -> Tokenizer:
     """Train a byte-level BPE until every word is one token; a digit in an answer is one token with its space.
 
@@ -105,42 +120,102 @@ def train_tokenizer(texts: Iterable[str], path: Path) -> Tokenizer:
 
 
 def vocabulary_texts(scans: digits.Scans) -> Iterator[str]:
-    """Questions, answers and captions of a few pictures, in the form the conversations give them."""
+    """Texts of every kind about a few pictures, in the form that the datasets give them."""
     rng = np.random.default_rng(SEED)
     for picture in pictures(scans, 500, rng):
-        yield digits.caption(picture)
+        yield f"{digits.caption(picture)}\n"
+        yield sums(rng)
         for question in digits.questions(picture, rng):
             for piece in render(dialogue(question, first=True)):
                 yield from piece.text.split(IMAGE_TOKEN)
 
 
+# --- The files
+
+
+class Album:
+    """Writes the pictures of one kind of document, every second one a JPEG.
+
+    Args:
+        folder: folder of all files.
+        kind: name of the pictures' folder.
+    """
+
+    def __init__(self, folder: Path, kind: str) -> None:
+        self.folder, self.kind, self.count = folder, kind, 0
+
+    def add(self, picture: digits.Picture) -> str:
+        """Write a picture and return its name, below the folder of all files."""
+        jpeg = self.count % 2 == 1
+        name = f"images/{self.kind}/{self.count // 1000:02}/{self.count:05}.{'jpg' if jpeg else 'png'}"
+        path = self.folder / name
+        if self.count % 1000 == 0:
+            path.parent.mkdir(parents=True)
+        path.write_bytes(digits.encode(picture.pixels, jpeg=jpeg))
+        self.count += 1
+        return name
+
+
+def caption_lines(album: Album, found: Iterable[digits.Picture]) -> Iterator[Mapping[str, Any]]:
+    """Hugging Face's form of an image folder: ``file_name`` and ``text``."""
+    for picture in found:
+        yield {"file_name": album.add(picture), "text": digits.caption(picture)}
+
+
+def interleaved_lines(
+    album: Album, scans: digits.Scans, count: int, rng: np.random.Generator
+) -> Iterator[Mapping[str, Any]]:
+    """Positioned documents: a placeholder for each picture, behind it a paragraph that says what it shows."""
+    for size in rng.choice(PICTURES, size=count).tolist():
+        shown = list(pictures(scans, size, rng))
+        text = "".join(f"{IMAGE_TOKEN}{digits.caption(picture)}" for picture in shown)
+        yield {"text": text, "images": [album.add(picture) for picture in shown]}
+
+
+def llava_records(
+    album: Album, asked: Iterable[tuple[digits.Picture, Sequence[digits.Question]]]
+) -> Iterator[Mapping[str, Any]]:
+    """LLaVA's form of conversations: turns of ``human`` and ``gpt``, the picture's name beside them."""
+    for number, (picture, several) in enumerate(asked):
+        turns = [turn for at, question in enumerate(several) for turn in dialogue(question, first=at == 0)]
+        speakers = {"user": "human", "assistant": "gpt"}
+        yield {
+            "id": f"{album.kind}-{number}",
+            "image": album.add(picture),
+            "conversations": [{"from": speakers[turn.role], "value": turn.text} for turn in turns],
+        }
+
+
 def build(folder: Path, sizes: Sizes) -> None:
     """Write everything under ``folder``."""
     train, held = digits.split_scans()
-    tokenizer = build_training(folder, train, sizes)
-    write_heldout(folder, heldout(held, sizes.heldout), tokenizer)
+    build_training(folder, train, sizes)
+    build_heldout(folder, heldout(held, sizes.heldout))
 
 
-def build_training(folder: Path, scans: digits.Scans, sizes: Sizes) -> Tokenizer:
-    """Write the tokenizer and the training sources, from these scans alone."""
-    tokenizer = train_tokenizer(vocabulary_texts(scans), folder / "tokenizer.json")
-    rng = np.random.default_rng(SEED)
-    options = BuildOptions(decode_images=False)  # they were encoded a moment ago: headers are checked, pixels are not
-    build_captions(folder / "captions", captions(scans, sizes.captions, rng), tokenizer, options=options)
-    build_conversations(
-        folder / "conversations", conversations(scans, sizes.conversations, rng), tokenizer, options=options
+def build_training(folder: Path, scans: digits.Scans, sizes: Sizes) -> None:
+    """Write the tokenizer and the training files, from these scans alone."""
+    train_tokenizer(vocabulary_texts(scans), folder / "data" / "tokenizer.json")
+    files = folder / "files"
+    files.mkdir(parents=True, exist_ok=True)
+    of_captions, of_documents, of_text, of_conversations = (
+        np.random.default_rng((SEED, number)) for number in range(4)
     )
-    return tokenizer
+    captioned = pictures(scans, sizes.captions, of_captions)
+    _write_lines(files / "captions.jsonl", caption_lines(Album(files, "captions"), captioned))
+    documents = interleaved_lines(Album(files, "interleaved"), scans, sizes.interleaved, of_documents)
+    _write_lines(files / "interleaved.jsonl", documents)
+    _write_lines(files / "text.jsonl", ({"text": sums(of_text)} for _ in range(sizes.text)))
+    asked = questions(scans, sizes.conversations, of_conversations)
+    _write_array(files / "conversations.json", llava_records(Album(files, "conversations"), asked))
 
 
-def write_heldout(folder: Path, asked: Sequence[tuple[digits.Picture, digits.Question]], tokenizer: Tokenizer) -> None:
-    """Write the held-out questions as an indexed source, and what is known about them beside it."""
-    documents = (
-        Conversation(dialogue(question, first=True), (digits.encode(picture.pixels, jpeg=number % 2 == 1),))
-        for number, (picture, question) in enumerate(asked)
-    )
-    build_conversations(folder / "heldout", documents, tokenizer)
-    known = [
+def build_heldout(folder: Path, asked: Sequence[tuple[digits.Picture, digits.Question]]) -> None:
+    """Write the held-out questions, and what is known about them."""
+    files, data = folder / "files", folder / "data"
+    records = llava_records(Album(files, "heldout"), ((picture, [question]) for picture, question in asked))
+    _write_array(files / "heldout.json", records)
+    known = (
         {
             "kind": question.kind,
             "question": question.text,
@@ -150,20 +225,29 @@ def write_heldout(folder: Path, asked: Sequence[tuple[digits.Picture, digits.Que
             "scans": picture.scans,
         }
         for picture, question in asked
-    ]
-    (folder / "heldout_questions.json").write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
+    )
+    _write_array(data / "heldout_questions.json", known)
+
+
+def _write_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
+    with path.open("w", encoding="utf-8") as stream:
+        stream.writelines(f"{json.dumps(record)}\n" for record in records)
+
+
+def _write_array(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
+    path.write_text("[\n" + ",\n".join(map(json.dumps, records)) + "\n]\n", encoding="utf-8")
 
 
 def main() -> None:
-    """Read the command line and build."""
+    """Read the command line and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/quickstart/data"), help="folder to write into")
+    parser.add_argument("--out", type=Path, default=Path("runs/quickstart"), help="folder to write into")
     arguments = parser.parse_args()
     sizes = Sizes()
     build(arguments.out, sizes)
     print(
-        f"{arguments.out}: {sizes.captions} captions, {sizes.conversations} conversations, "
-        f"{digits.HELD_OUT_SCANS + 5 * sizes.heldout} held-out questions"
+        f"{arguments.out}/files: {sizes.captions} captions, {sizes.interleaved} interleaved documents, {sizes.text} "
+        f"texts, {sizes.conversations} conversations, {digits.HELD_OUT_SCANS + 5 * sizes.heldout} held-out questions"
     )
 
 

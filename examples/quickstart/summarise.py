@@ -21,6 +21,7 @@ NAMES = {
     "count": "how many digits",
     "cell": "the digit of a cell",
 }
+STAGES = ("pretrain", "sft")
 
 
 def phase_lines(phases: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -50,15 +51,23 @@ def accuracy_lines(figures: Mapping[str, Any]) -> list[str]:
     return lines
 
 
+def steps_of(run_dir: Path) -> int:
+    """Steps that a run has taken."""
+    last = (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1]
+    return int(json.loads(last)["step"])
+
+
 def main() -> None:
     """Read the command line, write the report, print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run-dir", type=Path, default=Path("runs/quickstart"), help="run directory")
+    parser.add_argument("--run-dir", type=Path, default=Path("runs/quickstart"), help="the quickstart's folder")
     folder = parser.parse_args().run_dir
     figures = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
     phases = [json.loads(line) for line in (folder / "phases.jsonl").read_text(encoding="utf-8").splitlines()]
+    steps = {stage: steps_of(folder / stage) for stage in STAGES}
     report = {
         **figures,
+        "steps": steps,
         "phases": phases,
         "seconds": round(sum(phase["seconds"] for phase in phases), 1),
         "peak_memory_mib": max(phase["peak_memory_mib"] for phase in phases),
@@ -68,7 +77,7 @@ def main() -> None:
     write_report(folder / "report.json", report)
     single = figures["accuracy"]["single"]
     print("\n".join([*phase_lines(phases), "", *accuracy_lines(figures), ""]))
-    print(f"{figures['parameters']:,} parameters, {figures['step']} steps")
+    print(f"{figures['parameters']:,} parameters, {' + '.join(f'{count} steps of {s}' for s, count in steps.items())}")
     print(f"report: {folder / 'report.json'}, pictures: {folder / 'answers.png'}")
     print(f"held-out accuracy: {single['accuracy']:.3f} (n={single['n']})")
 

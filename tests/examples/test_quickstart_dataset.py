@@ -1,8 +1,12 @@
-"""The quickstart's data: deterministic, in the final format, and without a trace of the held-out scans in training."""
+"""The quickstart's data: deterministic, made by the tools, and without a trace of the held-out scans in training."""
 
 from __future__ import annotations
 
 import json
+import os
+import re
+import subprocess
+import sys
 from itertools import product
 from pathlib import Path
 
@@ -10,27 +14,60 @@ import numpy as np
 import pytest
 
 from examples.quickstart import digits
-from examples.quickstart.build_dataset import SEED, Sizes, build, build_training, heldout, pictures
+from examples.quickstart.build_dataset import PICTURES, SEED, Sizes, build, build_training, heldout, pictures
 from mm15_megatron.data.image.pillow import sniff
 from mm15_megatron.data.indexed.reader import IndexedSource
-from mm15_megatron.data.tokenizer import Tokenizer
+from mm15_megatron.data.tokenizer import IMAGE_TOKEN, Tokenizer
 
-SMALL = Sizes(captions=40, conversations=60, heldout=10)
-SOURCES = ("captions", "conversations", "heldout")
+ROOT = Path(__file__).resolve().parents[2]
+SMALL = Sizes(captions=40, interleaved=20, text=12, conversations=60, heldout=10)
+KINDS = {
+    "captions": "captions",
+    "interleaved": "interleaved",
+    "text": "text",
+    "conversations": "conversations",
+    "heldout": "conversations",
+}
+ILLUSTRATED = ("captions", "interleaved", "conversations", "heldout")
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Small files, and the datasets that the tools make of them, by the quickstart's own script."""
     path = tmp_path_factory.mktemp("quickstart")
     build(path, SMALL)
+    environment = {**os.environ, "PYTHON": sys.executable, "PYTHONPATH": str(ROOT)}
+    command = ["bash", "examples/quickstart/preprocess.sh", str(path)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
     return path
+
+
+def _files(folder: Path) -> dict[str, bytes]:
+    """Every written file but the datasets, by its path."""
+    paths = [*folder.glob("files/**/*.*"), *folder.glob("data/*.json")]
+    known = {f"{name}.json" for name in KINDS}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in paths
+        if path.name not in known or "files" in path.parts
+    }
 
 
 def test_the_same_files_every_time(folder: Path, tmp_path: Path) -> None:
     build(tmp_path, SMALL)
-    names = sorted(path.name for path in folder.iterdir())
-    assert names == sorted(path.name for path in tmp_path.iterdir())
-    assert [name for name in names if (folder / name).read_bytes() != (tmp_path / name).read_bytes()] == []
+    assert _files(folder) == _files(tmp_path)
+
+
+def test_the_tools_keep_every_document(folder: Path) -> None:
+    tokenizer = Tokenizer(folder / "data" / "tokenizer.json")
+    assert tokenizer.vocab_size <= 128, "the models of the quickstart have 128 ids"
+    counts = {}
+    for name, kind in KINDS.items():
+        source = IndexedSource(folder / "data" / name, tokenizer_digest=tokenizer.digest)
+        assert source.kind == kind
+        counts[name] = source.num_documents
+    assert counts == {**{name: getattr(SMALL, name) for name in KINDS}, "heldout": 360 + 5 * SMALL.heldout}
 
 
 def test_the_last_360_scans_are_held_out() -> None:
@@ -63,9 +100,10 @@ def _drawn_scans(picture: digits.Picture) -> list[bytes]:
 def test_training_files_follow_from_the_training_scans_alone(folder: Path, tmp_path: Path) -> None:
     train, _ = digits.split_scans()
     build_training(tmp_path, train, SMALL)
-    names = [path.name for path in tmp_path.iterdir()]
-    assert "captions_images.bin" in names
-    assert [name for name in names if (folder / name).read_bytes() != (tmp_path / name).read_bytes()] == []
+    found, whole = _files(tmp_path), _files(folder)
+    assert found == {name: whole[name] for name in found}
+    left = {name for name in whole if name not in found and not name.startswith("files/images/heldout/")}
+    assert left == {"files/heldout.json", "data/heldout_questions.json"}
 
 
 def test_held_out_pictures_show_held_out_scans_alone() -> None:
@@ -95,24 +133,57 @@ def test_every_held_out_scan_is_asked_once_as_a_single() -> None:
 
 
 def test_held_out_questions_do_not_depend_on_how_much_is_trained_on(folder: Path, tmp_path: Path) -> None:
-    build(tmp_path, Sizes(captions=1, conversations=1, heldout=SMALL.heldout))
-    assert (folder / "heldout_images.bin").read_bytes() == (tmp_path / "heldout_images.bin").read_bytes()
+    build(tmp_path, Sizes(captions=1, interleaved=1, text=1, conversations=1, heldout=SMALL.heldout))
+    held = {name: data for name, data in _files(tmp_path).items() if "heldout" in name}
+    assert len(held) == 2 + 360 + 5 * SMALL.heldout
+    assert held == {name: data for name, data in _files(folder).items() if "heldout" in name}
 
 
-@pytest.mark.parametrize("name", SOURCES)
-def test_sources_open_with_both_image_formats_and_every_character(folder: Path, name: str) -> None:
-    tokenizer = Tokenizer(folder / "tokenizer.json")
-    source = IndexedSource(folder / name, tokenizer_digest=tokenizer.digest)
+@pytest.mark.parametrize("name", ILLUSTRATED)
+def test_pictures_have_both_formats(folder: Path, name: str) -> None:
+    source = IndexedSource(folder / "data" / name)
     formats = {sniff(source.image_bytes(item)) for item in range(len(source.image_sizes))}
     assert formats == {"png", "jpeg"}
     assert (source.image_sizes == digits.SIDE).all()
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_every_character_is_known(folder: Path, name: str) -> None:
+    source = IndexedSource(folder / "data" / name)
     unknown = 0  # the tokenizer's <unk>
     assert not any((source.tokens(document) == unknown).any() for document in range(source.num_documents))
 
 
+def test_interleaved_pictures_are_followed_by_their_paragraphs(folder: Path) -> None:
+    tokenizer = Tokenizer(folder / "data" / "tokenizer.json")
+    source = IndexedSource(folder / "data" / "interleaved")
+    lines = (folder / "files" / "interleaved.jsonl").read_text(encoding="utf-8").splitlines()
+    for document, line in enumerate(map(json.loads, lines)):
+        tokens = source.tokens(document).tolist()
+        assert tokens[0] == tokenizer.image_id
+        starts = [at for at, token in enumerate(tokens) if token == tokenizer.image_id]
+        paragraphs = [tokenizer.decode(tokens[a:b]) for a, b in zip(starts, [*starts[1:], len(tokens)], strict=True)]
+        assert len(paragraphs) in PICTURES
+        assert [paragraph.rstrip("\n") for paragraph in paragraphs] == line["text"].split(IMAGE_TOKEN)[1:]
+        assert all(re.fullmatch(r"the digits?( \d)+\n?", paragraph) for paragraph in paragraphs)
+        first = source.image_index[document]
+        stored = [source.image_bytes(first + at).tobytes() for at in range(len(paragraphs))]
+        assert stored == [(folder / "files" / name).read_bytes() for name in line["images"]]
+
+
+def test_texts_are_sums_that_are_right(folder: Path) -> None:
+    tokenizer = Tokenizer(folder / "data" / "tokenizer.json")
+    source = IndexedSource(folder / "data" / "text")
+    for document in range(source.num_documents):
+        for part in tokenizer.decode(source.tokens(document).tolist()).split(", "):
+            found = re.fullmatch(r"(\d) and (\d) are (\d)", part)
+            assert found is not None, part
+            assert int(found[1]) + int(found[2]) == int(found[3])
+
+
 def test_answers_are_the_only_targets_of_conversations(folder: Path) -> None:
-    tokenizer = Tokenizer(folder / "tokenizer.json")
-    source = IndexedSource(folder / "conversations")
+    tokenizer = Tokenizer(folder / "data" / "tokenizer.json")
+    source = IndexedSource(folder / "data" / "conversations")
     for document in range(source.num_documents):
         tokens, mask = source.tokens(document), source.loss_mask(document)
         text = tokenizer.decode(tokens[mask].tolist())
@@ -121,10 +192,10 @@ def test_answers_are_the_only_targets_of_conversations(folder: Path) -> None:
 
 
 def test_questions_say_what_the_pictures_show(folder: Path) -> None:
-    known = json.loads((folder / "heldout_questions.json").read_text(encoding="utf-8"))
+    known = json.loads((folder / "data" / "heldout_questions.json").read_text(encoding="utf-8"))
     _, held = digits.split_scans()
-    source = IndexedSource(folder / "heldout")
-    tokenizer = Tokenizer(folder / "tokenizer.json")
+    source = IndexedSource(folder / "data" / "heldout")
+    tokenizer = Tokenizer(folder / "data" / "tokenizer.json")
     assert len(known) == source.num_documents == 360 + 5 * SMALL.heldout
     for document, entry in enumerate(known):
         shown = [int(held.digits[scan]) for scan in entry["scans"]]

@@ -1,4 +1,4 @@
-"""The quickstart's phases: a real signal, a record of time and memory; and the baselines of its evaluation."""
+"""The quickstart's phases: two stages, a real signal, a record of time and memory; the baselines of its evaluation."""
 
 from __future__ import annotations
 
@@ -11,6 +11,13 @@ import pytest
 
 from examples.quickstart import digits
 from examples.quickstart.answering import Asked, chance, nearest_neighbours, shuffled
+from examples.quickstart.summarise import steps_of
+from mm15_megatron.checkpoint.start import MAY_DIFFER
+from mm15_megatron.checkpoint.store import model_differences
+from mm15_megatron.config.parse import parse_run
+from mm15_megatron.config.schema import RunConfig
+from mm15_megatron.config.validate import validate
+from mm15_megatron.presets import REGISTRY
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -26,6 +33,33 @@ for step in range(1, 200):
     if stopped:
         sys.exit(75)
 """
+
+
+def _config(model: str, stage: str) -> RunConfig:
+    folder = REPOSITORY / "examples" / "quickstart"
+    arguments = ["--config", str(folder / f"{model}.yaml"), "--config", str(folder / f"{stage}.yaml")]
+    return parse_run(arguments, presets=REGISTRY).config
+
+
+@pytest.mark.parametrize(("model", "ranks"), [("dense", 2), ("moe", 4)])
+def test_stages_are_those_of_the_papers(model: str, ranks: int) -> None:
+    """Stage 1 mixes as MM1 does, by tokens; stage 2 takes its weights and steps by samples."""
+    pretrain, sft = _config(model, "pretrain"), _config(model, "sft")
+    for cfg in (pretrain, sft):
+        validate(cfg, world_size=ranks)
+    shares = {Path(source.prefix).name: source.weight for source in pretrain.data.sources}
+    assert shares == {"captions": 0.45, "interleaved": 0.45, "text": 0.1}
+    assert (pretrain.data.mixture_unit, pretrain.data.batch_unit) == ("token", "rows")
+    assert [Path(source.prefix).name for source in sft.data.sources] == ["conversations"]
+    assert (sft.data.mixture_unit, sft.data.batch_unit) == ("sample", "samples")
+    assert (pretrain.checkpoint.init_from, sft.checkpoint.init_from) == ("", pretrain.train.run_dir)
+    assert {change.path for change in model_differences(pretrain, sft)} <= MAY_DIFFER
+
+
+def test_steps_of_a_stage(tmp_path: Path) -> None:
+    """The last record counts them."""
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n')
+    assert steps_of(tmp_path) == 2
 
 
 def _phase(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
