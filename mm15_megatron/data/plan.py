@@ -9,7 +9,7 @@ import numpy as np
 from mm15_megatron.config.schema import RunConfig
 from mm15_megatron.data.blend import EpochSize, Share, run_units
 from mm15_megatron.data.open_order import OpenOrder, Tell, open_order, plan_folder, run_shares
-from mm15_megatron.data.packing import PackingRules
+from mm15_megatron.data.packing import PackingRules, least_rows
 
 _STEPS_LOOKED_AT = 16
 
@@ -42,6 +42,8 @@ def plan_text(cfg: RunConfig, *, tell: Tell) -> str:
     ]
     if unit == "samples":
         sections.append(_rows_of_steps(cfg, opened))
+    elif cfg.data.mixture_unit == "sample":
+        sections.append(_mixed_rows(opened))
     disk = sum(_bytes(opened, number) for number in range(len(sizes)))
     sections.append(f"{disk / 1e9:,.3f} GB of datasets; tables in {plan_folder(cfg)}")
     return "\n".join(sections) + "\n"
@@ -96,6 +98,15 @@ def _rows_of_steps(cfg: RunConfig, opened: OpenOrder) -> str:
     return (
         f"a step of {size} samples takes {np.mean(counts):.1f} rows ({min(counts)} to {max(counts)} in "
         f"{len(counts)} steps), filled up with empty ones for the ranks"
+    )
+
+
+def _mixed_rows(opened: OpenOrder) -> str:
+    rows, sizes = opened.order.mixed_sizes()
+    fill, of_bound = sizes.tokens.sum() / (rows * opened.rules.seq_length), least_rows(sizes, opened.rules) / rows
+    return (
+        f"rows of mixed sources: fill {fill:.1%}, {of_bound:.1%} of the bound (the first {len(sizes):,} samples, "
+        f"{rows:,} rows)"
     )
 
 

@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from mm15_megatron.data.ledger import Seen
 from mm15_megatron.data.mixture import Mixture
-from mm15_megatron.data.packing import PackingRules
+from mm15_megatron.data.packing import PackingRules, Sizes
 from mm15_megatron.data.permutation import derive_key
 from mm15_megatron.data.pieces import Pieces
 from mm15_megatron.data.row_table import ChunkTable
@@ -134,6 +134,11 @@ class RowOrder:
             samples += (consumed - before) * self._options.chunk_samples // rows
         counts = self.mixture.count_before(samples).tolist()
         return tuple(source.seen(count) for source, count in zip(self.sources, counts, strict=True))
+
+    def mixed_sizes(self) -> tuple[int, Sizes]:
+        """Return the rows that the first samples of the mixture become, ``chunk_samples`` of them, and their sizes."""
+        pieces = self._chosen_samples(0, self._options.chunk_samples)[1]
+        return len(self._mixed(0)), pieces.sizes
 
     def rows_before_repeat(self, limit: int) -> int:
         """Return how many rows from row 0 on show no document twice, at most ``limit`` (work grows with it).

@@ -32,7 +32,8 @@ from mm15_megatron.data.indexed.writer import DatasetWriter, EncodedImage
 from mm15_megatron.data.ledger import Ledger, count_rows
 from mm15_megatron.data.loader import build_loader
 from mm15_megatron.data.open_order import open_order
-from mm15_megatron.data.pieces import cut_documents
+from mm15_megatron.data.pieces import Pieces, cut_documents
+from mm15_megatron.data.source_order import CHUNK_SAMPLES
 from mm15_megatron.data.tokenizer import Tokenizer
 from tests.data.images import photo
 
@@ -161,6 +162,10 @@ def test_rows_are_the_same_for_any_ranks_workers_and_restarts(case: Case) -> Non
         assert held(found) == straight
 
 
+def _names(pieces: Pieces) -> set[tuple[int, int, int]]:
+    return set(zip(pieces.documents.tolist(), pieces.first.tolist(), pieces.stop.tolist(), strict=True))
+
+
 def test_epochs(case: Case) -> None:
     """By the order alone: what each source was shown, against the pieces that its documents become."""
     opened = open_order(case.cfg)
@@ -173,8 +178,7 @@ def test_epochs(case: Case) -> None:
     reports, seen = order.reports, order.seen(60 * units)
     for number, reader in enumerate(opened.readers):
         cut = cut_documents(reader, np.arange(reader.num_documents), opened.rules)
-        pieces = cut.pieces
-        expected = set(zip(pieces.documents.tolist(), pieces.first.tolist(), pieces.stop.tolist(), strict=True))
+        expected = _names(cut.pieces)
         assert set(shown[number]) <= expected
         often = [shown[number][piece] for piece in expected]
         if case.by_sample and case.cfg.data.mixture_unit == "sample":
@@ -188,6 +192,28 @@ def test_epochs(case: Case) -> None:
         dropped = sum(reports[number].dropped.values())
         assert dropped + reports[number].counts["kept"] == reports[number].counts["documents"]
     assert sum(sum(counts.values()) for counts in shown) > 0
+
+
+def test_a_chunk_of_mixed_rows_goes_through_each_source_in_order(case: Case) -> None:
+    """Behind a whole chunk every piece of a source was shown equally often, or once more, as the mixture said."""
+    if case.by_sample or case.cfg.data.mixture_unit != "sample":
+        pytest.skip("rows of one source, or batches of samples")
+    opened = open_order(case.cfg)
+    order = opened.order
+    shown: list[Counter[tuple[int, int, int]]] = [Counter() for _ in order.sources]
+    taken = row = 0
+    while taken < CHUNK_SAMPLES:
+        samples = order.row(row).samples
+        for sample in samples:
+            shown[sample.source][sample.document, sample.first, sample.stop] += 1
+        row, taken = row + 1, taken + len(samples)
+    assert taken == CHUNK_SAMPLES, "no row holds samples of two chunks"
+    assert [sum(counts.values()) for counts in shown] == order.mixture.count_before(CHUNK_SAMPLES).tolist()
+    for counts, reader in zip(shown, opened.readers, strict=True):
+        cut = cut_documents(reader, np.arange(reader.num_documents), opened.rules)
+        often = [counts[piece] for piece in _names(cut.pieces)]
+        assert sum(often) == sum(counts.values())
+        assert max(often) - min(often) <= 1
 
 
 def test_images_are_whole_and_the_ledger_adds_up(case: Case) -> None:

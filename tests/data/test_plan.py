@@ -72,6 +72,18 @@ def test_batches_of_samples(cfg: RunConfig) -> None:
     assert cells(text, "books")[1][4] == "50.00%"
 
 
+def test_rows_of_mixed_sources(cfg: RunConfig) -> None:
+    text = plan_text(replace(cfg, data=replace(cfg.data, mixture_unit="sample")), tell=silent)
+    found = re.search(
+        r"rows of mixed sources: fill (.*)%, (.*)% of the bound \(the first 8,192 samples, (.*) rows\)", text
+    )
+    assert found is not None
+    fill, of_bound, rows = (float(number.replace(",", "")) for number in found.groups())
+    # half the samples are texts of 100 tokens, half captions of 15 and an image of 144
+    assert fill / 100 * rows * 400 == pytest.approx(4096 * (100 + 159), rel=0.02)
+    assert 90 < of_bound <= 100  # first fit decreasing reaches 93.6 of these sizes
+
+
 def test_the_command_needs_no_torch(cfg: RunConfig, tmp_path: Path) -> None:
     sources = ", ".join(f"{{prefix: {source.prefix}, epochs: 1}}" for source in cfg.data.sources)
     arguments = [f"data.tokenizer={cfg.data.tokenizer}", f"data.sources=[{sources}]", "language.vocab_size=128"]
