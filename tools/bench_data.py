@@ -54,7 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = parser.parse_args(argv)
     names = [name for name in given.cases.split(",") if name]
     request = Request(**{name: value for name, value in vars(given).items() if name in Request.__dataclass_fields__})
-    command = " ".join(["python", "tools/bench_data.py", *(sys.argv[1:] if argv is None else argv)])
+    words = [_without_place(word) for word in (sys.argv[1:] if argv is None else argv)]
+    command = " ".join(["python", "tools/bench_data.py", *words])
     try:
         check_names(names)
         check_request(request)
@@ -67,6 +68,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def _without_place(word: str) -> str:
+    """Say no folder of this machine in the record."""
+    return Path(word).name if word.startswith("/") else word
 
 
 if __name__ == "__main__":

@@ -89,4 +89,4 @@ def test_the_dataset_of_holes_is_one(tmp_path: Path) -> None:
     source = IndexedSource(write_index(tmp_path / "many", documents=1234))
     assert (source.num_documents, source.kind, len(source.image_sizes)) == (1234, "captions", 1234)
     assert source.tokens(1233).tolist() == [0] * int(source.token_lengths[1233])
-    assert len(source.image_bytes(7)) == 50_000
+    assert len(source.image_bytes(7)) == 16_000
