@@ -2,13 +2,15 @@
 
 The fp32 optimizer updates the parameters themselves, the bf16 one updates fp32 main copies, and the distributed
 optimizer updates flat shards of either. All three are read and written here as *pieces*: a flat range [start, stop) of
-one model parameter with its fp32 master value and AdamW's two moments.
+one model parameter with its fp32 master value and its moments, AdamW's or those of an optimizer that says their shapes
+(:class:`ShapedState`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol, runtime_checkable
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
@@ -20,8 +22,43 @@ from torch import nn
 
 from mm15_megatron.errors import CheckpointError
 
-KINDS = ("master", "exp_avg", "exp_avg_sq")
-"""What is stored for every trained parameter, all fp32: the master weight and AdamW's first and second moment."""
+_MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's
+
+
+@dataclass(frozen=True)
+class StateTensor:
+    """A tensor of the state whose shape is not its parameter's.
+
+    Attributes:
+        global_shape: shape of the whole.
+        split_dim: dimension that is split over the parameter's tensor-parallel group; None = replicated.
+    """
+
+    global_shape: tuple[int, ...]
+    split_dim: int | None
+
+    def local_shape(self, shards: int) -> tuple[int, ...]:
+        """Return the shape of one of ``shards`` slices."""
+        return tuple(n // shards if dim == self.split_dim else n for dim, n in enumerate(self.global_shape))
+
+
+@runtime_checkable
+class ShapedState(Protocol):
+    """An inner optimizer that says which state it keeps."""
+
+    def create_states(self) -> None:
+        """Create the state of every parameter that has none yet."""
+
+    def state_shapes(self, parameter: torch.Tensor) -> Mapping[str, StateTensor]:
+        """Return the whole shapes of a parameter's state, by kind, where they are not the parameter's."""
+
+
+@runtime_checkable
+class SharesParameters(Protocol):
+    """An optimizer whose ranks each update some of the parameters."""
+
+    def share_parameters(self) -> None:
+        """Send every parameter from the rank that updates it to the others (every rank must call)."""
 
 
 @dataclass(frozen=True)
@@ -32,19 +69,24 @@ class Piece:
         parameter: the model parameter.
         start: first element of the flattened parameter that the piece covers.
         stop: one past its last element.
-        tensors: by kind, the live fp32 tensor with ``stop - start`` elements.
+        tensors: by kind, the live fp32 tensor: ``master`` and the moments, with ``stop - start`` elements each unless
+            ``shapes`` says otherwise.
+        shapes: by kind, the whole shapes of tensors that are not shaped like the parameter; those are never cut.
     """
 
     parameter: nn.Parameter
     start: int
     stop: int
     tensors: dict[str, torch.Tensor]
+    shapes: Mapping[str, StateTensor] = field(default_factory=dict)
 
     @torch.no_grad()
     def write(self, kind: str, whole: torch.Tensor) -> None:
-        """Copy this piece's range out of a tensor of the parameter's size."""
+        """Copy this piece's range out of a tensor of the parameter's size, or a tensor of ``shapes``."""
         live = self.tensors[kind]
-        live.copy_(whole.reshape(-1)[self.start : self.stop].view(live.shape))
+        if kind not in self.shapes:
+            whole = whole.reshape(-1)[self.start : self.stop]
+        live.copy_(whole.reshape(live.shape))
 
 
 def inner_optimizers(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
@@ -57,28 +99,39 @@ def pieces(optimizer: MegatronOptimizer) -> list[Piece]:
     """Describe every piece of state this rank holds; state that no step has created yet is created as zeros."""
     found = []
     for part in inner_optimizers(optimizer):
-        _create_moments(part.optimizer)
+        inner = part.optimizer
+        _create_moments(inner)
         for parameter, main in _mains(part):
             start, stop = 0, parameter.numel()
             if isinstance(part, DistributedOptimizer):
                 owned = part._get_model_param_range_map(parameter)["param"]
                 start, stop = owned.start, owned.end
-            state = part.optimizer.state[main]
-            found.append(
-                Piece(
-                    parameter,
-                    start,
-                    stop,
-                    {"master": main, **{kind: state[kind] for kind in KINDS if kind != "master"}},
-                )
-            )
+            state, shaped = inner.state[main], isinstance(inner, ShapedState)
+            moments = {kind: state[kind] for kind in (state if shaped else _MOMENTS)}
+            shapes = inner.state_shapes(main) if shaped else {}
+            found.append(Piece(parameter, start, stop, {"master": main, **moments}, shapes))
     return found
 
 
-def whole_states(
-    optimizer: MegatronOptimizer, *, wanted: Collection[nn.Parameter]
-) -> Iterator[tuple[nn.Parameter, str, torch.Tensor]]:
-    """Yield (parameter, kind, tensor of the parameter's shape) for the parameters this rank is to write.
+@dataclass(frozen=True)
+class WholeState:
+    """One tensor of the state of a parameter that this rank is to write.
+
+    Attributes:
+        parameter: the model parameter.
+        kind: ``master`` or a moment.
+        tensor: of the parameter's shape, or of this rank's slice of ``shape``.
+        shape: the whole shape; None = the parameter's.
+    """
+
+    parameter: nn.Parameter
+    kind: str
+    tensor: torch.Tensor
+    shape: StateTensor | None = None
+
+
+def whole_states(optimizer: MegatronOptimizer, *, wanted: Collection[nn.Parameter]) -> Iterator[WholeState]:
+    """Yield the state of the parameters this rank is to write.
 
     With the distributed optimizer the shards are gathered over the data-parallel group on the CPU, one bucket and one
     kind at a time; every rank of the group must run the iterator to its end.
@@ -90,8 +143,9 @@ def whole_states(
             continue
         for parameter, _ in _mains(part):
             if parameter in wanted:
-                for kind in KINDS:
-                    yield parameter, kind, local[parameter].tensors[kind].detach()
+                piece = local[parameter]
+                for kind, tensor in piece.tensors.items():
+                    yield WholeState(parameter, kind, tensor.detach(), piece.shapes.get(kind))
 
 
 def get_step(optimizer: MegatronOptimizer, *, device: torch.device) -> int:
@@ -132,6 +186,8 @@ def publish_masters(optimizer: MegatronOptimizer, chunks: Sequence[DistributedDa
     for part in parts:
         if isinstance(part, (DistributedOptimizer, Float16OptimizerWithFloat16Params)):
             part._copy_main_params_to_model_params()
+    if isinstance(optimizer, SharesParameters):
+        optimizer.share_parameters()
     # A rank that owns no shard still takes part in the gather, so the chunks decide, not the optimizer.
     for chunk in chunks:
         if chunk.ddp_config.use_distributed_optimizer:
@@ -172,6 +228,9 @@ def _mains(part: MegatronOptimizer) -> Iterator[tuple[nn.Parameter, torch.Tensor
 
 
 def _create_moments(inner: torch.optim.Optimizer) -> None:
+    if isinstance(inner, ShapedState):
+        inner.create_states()
+        return
     for group in inner.param_groups:
         for parameter in group["params"]:
             state = inner.state[parameter]
@@ -193,13 +252,13 @@ def _counts(inner: torch.optim.Optimizer) -> set[int]:
 
 def _gathered(
     part: DistributedOptimizer, local: dict[nn.Parameter, Piece], wanted: Collection[nn.Parameter]
-) -> Iterator[tuple[nn.Parameter, str, torch.Tensor]]:
+) -> Iterator[WholeState]:
     """Gather the shards of each bucket, which are equally long on every rank and cut through parameters."""
     group = part.data_parallel_group_gloo
     for buffer, ranges in zip(part.buffers, part.gbuf_ranges, strict=True):
         (bucket_ranges,) = ranges.values()
         for bucket, owned in zip(buffer.buckets, bucket_ranges, strict=True):
-            for kind in KINDS:
+            for kind in ("master", *_MOMENTS):
                 shard = torch.zeros(bucket.grad_data.numel() // group.size())
                 for parameter, where in owned["param_map"].items():
                     span = where["gbuf_local"]
@@ -210,4 +269,4 @@ def _gathered(
                     if parameter in wanted:
                         start, stop, _ = buffer.param_index_map[parameter]
                         flat = whole[start - bucket.offset : stop - bucket.offset]
-                        yield parameter, kind, flat.view(parameter.shape).clone()
+                        yield WholeState(parameter, kind, flat.view(parameter.shape).clone())

@@ -2,8 +2,10 @@
 
     model.<name>                  the parameter, in its own dtype
     optimizer.<name>.master       fp32 master weight of a trained parameter
-    optimizer.<name>.exp_avg      AdamW's first moment, fp32
-    optimizer.<name>.exp_avg_sq   AdamW's second moment, fp32
+    optimizer.<name>.exp_avg      first moment (AdaFactor's momentum), fp32
+    optimizer.<name>.exp_avg_sq   second moment; with AdaFactor of vectors alone, fp32
+    optimizer.<name>.row          AdaFactor: second moment of a matrix's rows, fp32
+    optimizer.<name>.column       AdaFactor: second moment of the columns of each matrix of the parameter, fp32
     fp8.<name>.scale, .history    delayed scaling of FP8 layers alone (``models/fp8_state.py``)
 
 and one number for the whole optimizer, its step count. Names and whole shapes do not depend on the layout, the
@@ -25,7 +27,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from torch import nn
 
 from mm15_megatron.checkpoint.optimizer_state import (
-    KINDS,
+    StateTensor,
     gather_parameters,
     get_step,
     pieces,
@@ -34,7 +36,7 @@ from mm15_megatron.checkpoint.optimizer_state import (
     whole_states,
 )
 from mm15_megatron.models.fp8_state import AmaxState, amax_states, open_tables, plain
-from mm15_megatron.models.global_parameters import GlobalParameter, global_parameters
+from mm15_megatron.models.global_parameters import GlobalParameter, global_parameters, spread_by_size
 from mm15_megatron.parallel.topology import Topology
 
 OPTIMIZER_PREFIX, FP8_PREFIX = "optimizer.", "fp8."
@@ -105,12 +107,15 @@ def state_to_save(
     for item in mine.values():
         key = model_key(item.name)
         tensors[key] = _sharded(item, key, plain(item.parameter))
-    for parameter, kind, whole in whole_states(optimizer, wanted=mine):
-        key = optimizer_key(mine[parameter].name, kind)
-        tensors[key] = _sharded(mine[parameter], key, whole)
-    for state in amax_states(unwrapped(chunks)):
-        if state.weight.is_first_replica:
-            for key, tensor in _amax_tensors(state).items():
+    for state in whole_states(optimizer, wanted=mine):
+        item = mine[state.parameter]
+        if state.shape is not None and state.shape.split_dim is None and item.tensor_group.rank() != 0:
+            continue  # every tensor-parallel rank holds all of it
+        key = optimizer_key(item.name, state.kind)
+        tensors[key] = _sharded(item, key, state.tensor, shape=state.shape)
+    for scaling in amax_states(unwrapped(chunks)):
+        if scaling.weight.is_first_replica:
+            for key, tensor in _amax_tensors(scaling).items():
                 tensors[key] = ShardedTensor.from_rank_offsets(key, tensor.contiguous(), replica_id=0)
     return StateToSave(tensors, get_step(optimizer, device=topology.device))
 
@@ -177,16 +182,16 @@ def training_to_load(
     tensors = {key: _request(item, key, item.parameter.dtype) for key, item in frozen.items()}
     for piece in held:
         item = items[piece.parameter]
-        for kind in KINDS:
+        for kind in piece.tensors:
             key = optimizer_key(item.name, kind)
-            tensors[key] = _request(item, key, torch.float32)
+            tensors[key] = _request(item, key, torch.float32, shape=piece.shapes.get(kind))
 
     @torch.no_grad()
     def restore(loaded: Mapping[str, torch.Tensor]) -> None:
         for key, item in frozen.items():
             item.parameter.copy_(loaded[key].reshape(item.parameter.shape))
         for piece in held:
-            for kind in KINDS:
+            for kind in piece.tensors:
                 piece.write(kind, loaded[optimizer_key(items[piece.parameter].name, kind)])
         set_step(optimizer, optimizer_step)
         publish_masters(optimizer, chunks)
@@ -229,35 +234,36 @@ def _amax_tensors(state: AmaxState) -> dict[str, torch.Tensor]:
     }
 
 
-def expected_shapes(chunks: Sequence[nn.Module], *, with_optimizer: bool) -> dict[str, tuple[int, ...]]:
-    """Return every key that a checkpoint of this rank's chunks holds, with the shape of the whole tensor."""
-    shapes = {}
-    for item in global_parameters(unwrapped(chunks)):
-        shapes[model_key(item.name)] = item.global_shape
-        if with_optimizer and item.parameter.requires_grad:
-            shapes |= {optimizer_key(item.name, kind): item.global_shape for kind in KINDS}
-    return shapes
+def expected_shapes(
+    chunks: Sequence[nn.Module], requested: Mapping[str, ShardedTensor] | None = None
+) -> dict[str, tuple[int, ...]]:
+    """Return the keys of this rank's parameters and of what it requests, with the shapes of the whole tensors."""
+    shapes = {model_key(item.name): item.global_shape for item in global_parameters(unwrapped(chunks))}
+    return shapes | {key: tuple(tensor.global_shape) for key, tensor in (requested or {}).items()}
 
 
 def _written_here(items: Sequence[GlobalParameter]) -> dict[nn.Parameter, GlobalParameter]:
     """Choose the parameters this rank writes: one writer a shard, spread by size over the ranks that hold it."""
-    mine: dict[nn.Parameter, GlobalParameter] = {}
-    for group in {item.data_group for item in items}:
-        loads = [0] * group.size()
-        held = [item for item in items if item.data_group == group]
-        for item in sorted(held, key=lambda item: (-item.parameter.numel(), item.name)):
-            owner = loads.index(min(loads))
-            loads[owner] += item.parameter.numel()
-            whole_elsewhere = item.split_dim is None and item.tensor_group.rank() != 0
-            if owner == group.rank() and not item.tied_copy and not whole_elsewhere:
-                mine[item.parameter] = item
-    return {item.parameter: item for item in items if item.parameter in mine}
+    owners = spread_by_size(items)
+    return {
+        item.parameter: item
+        for item in items
+        if owners[item.parameter] == item.data_group.rank()
+        and not item.tied_copy
+        and (item.split_dim is not None or item.tensor_group.rank() == 0)
+    }
 
 
-def _sharded(item: GlobalParameter, key: str, tensor: torch.Tensor) -> ShardedTensor:
-    offsets = [] if item.split_dim is None else [(item.split_dim, item.shard_index, item.shards)]
-    return ShardedTensor.from_rank_offsets(key, item.local_view(tensor), *offsets, replica_id=0)
+def _sharded(
+    item: GlobalParameter, key: str, tensor: torch.Tensor, *, shape: StateTensor | None = None
+) -> ShardedTensor:
+    """Describe this rank's slice of a tensor that is shaped like the parameter, or as ``shape`` says."""
+    local = item.local_view(tensor) if shape is None else tensor
+    split_dim = item.split_dim if shape is None else shape.split_dim
+    offsets = [] if split_dim is None else [(split_dim, item.shard_index, item.shards)]
+    return ShardedTensor.from_rank_offsets(key, local, *offsets, replica_id=0)
 
 
-def _request(item: GlobalParameter, key: str, dtype: torch.dtype) -> ShardedTensor:
-    return _sharded(item, key, torch.empty(item.parameter.shape, dtype=dtype, device="meta")).without_data()
+def _request(item: GlobalParameter, key: str, dtype: torch.dtype, *, shape: StateTensor | None = None) -> ShardedTensor:
+    size = item.parameter.shape if shape is None else shape.local_shape(item.shards)
+    return _sharded(item, key, torch.empty(size, dtype=dtype, device="meta"), shape=shape).without_data()

@@ -137,6 +137,27 @@ def check_same_model(checkpoint: Checkpoint, cfg: RunConfig) -> None:
         )
 
 
+def check_same_optimizer(checkpoint: Checkpoint, cfg: RunConfig) -> None:
+    """Refuse a checkpoint of an optimizer that keeps other moments.
+
+    Raises:
+        CheckpointError: says whose moments it holds.
+    """
+    saved, wanted = (_moments_of(config) for config in (checkpoint.config, cfg))
+    if saved != wanted:
+        raise CheckpointError(
+            f"{checkpoint.folder} holds the moments of {saved}, and this run is {wanted}",
+            fix="restore optimizer.name and optimizer.adafactor_beta1, or start a new run directory from the weights "
+            f"alone: checkpoint.init_from={checkpoint.folder}",
+        )
+
+
+def _moments_of(cfg: RunConfig) -> str:
+    if cfg.optimizer.name != "adafactor":
+        return cfg.optimizer.name
+    return f"adafactor with{'out' if cfg.optimizer.adafactor_beta1 is None else ''} momentum"
+
+
 def save_checkpoint(
     cfg: RunConfig,
     chunks: Sequence[DistributedDataParallel],
@@ -204,16 +225,17 @@ def load_training(
 ) -> None:
     """Put a checkpoint's weights and optimizer state into a freshly built model (every rank must call).
 
-    The layout, the optimizer class and the dtype may differ from those of the run that saved it.
+    The layout, megatron-core's class of the optimizer and the dtype may differ from those of the run that saved it.
 
     Raises:
-        CheckpointError: it holds another model, lacks or adds tensors, or is damaged.
+        CheckpointError: it holds another model or optimizer, lacks or adds tensors, or is damaged.
     """
     check_same_model(checkpoint, cfg)
+    check_same_optimizer(checkpoint, cfg)
     tensors = checkpoint.tensors
-    expected = schema.expected_shapes(chunks, with_optimizer=True)
-    torch_dist.check_contents(tensors, expected, ignored_prefixes=(schema.FP8_PREFIX,))
     wanted = schema.training_to_load(chunks, optimizer, optimizer_step=checkpoint.optimizer_step)
+    expected = schema.expected_shapes(chunks, wanted.tensors)
+    torch_dist.check_contents(tensors, expected, ignored_prefixes=(schema.FP8_PREFIX,))
     scaling = schema.amax_to_load(chunks, torch_dist.stored_shapes(tensors))
     loaded = torch_dist.load_tensors({**wanted.tensors, **scaling.tensors}, tensors)
     scaling.restore(loaded)  # first: weights kept in FP8 are cast by these scales
@@ -228,7 +250,7 @@ def load_weights(checkpoint: Checkpoint, cfg: RunConfig, chunks: Sequence[nn.Mod
     """
     check_same_model(checkpoint, cfg)
     tensors = checkpoint.tensors
-    expected = schema.expected_shapes(chunks, with_optimizer=False)
+    expected = schema.expected_shapes(chunks)
     torch_dist.check_contents(tensors, expected, ignored_prefixes=(schema.OPTIMIZER_PREFIX, schema.FP8_PREFIX))
     wanted = schema.weights_to_load(chunks)
     wanted.restore(torch_dist.load_tensors(wanted.tensors, tensors))

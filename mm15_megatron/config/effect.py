@@ -219,12 +219,13 @@ TABLE: tuple[Row, ...] = (
         lambda s: s.cfg.train.validation_interval == 0,
     ),
     Row(
-        "optimizer.adafactor_beta1 optimizer.adafactor_clip_threshold optimizer.adafactor_decay_rate",
+        "optimizer.adafactor_beta1 optimizer.adafactor_clip_threshold optimizer.adafactor_decay_rate "
+        "optimizer.adafactor_eps",
         "they belong to AdaFactor (optimizer.name)",
         lambda s: s.cfg.optimizer.name != "adafactor",
     ),
     Row(
-        "optimizer.adam_beta1 optimizer.adam_beta2 optimizer.adam_eps",
+        "optimizer.adam_beta1 optimizer.adam_beta2 optimizer.adam_eps kernels.optimizer_impl",
         "they belong to AdamW (optimizer.name)",
         lambda s: s.cfg.optimizer.name != "adamw",
     ),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 from mm15_megatron.config.schema import RunConfig
 from mm15_megatron.errors import ConfigError
@@ -16,11 +15,3 @@ def divides(what: str, value: int, *, by: str, divisor: int, fix: str = "") -> N
     """Raise a ConfigError unless ``value`` is a multiple of ``divisor``."""
     if value % divisor:
         raise ConfigError(f"{what} = {value} is not divisible by {by} = {divisor}", fix=fix or f"change {what} or {by}")
-
-
-def not_trained(path: str, value: Any, *, fix: str) -> ConfigError:
-    """Return the error of what may be printed and counted, but not trained by this version."""
-    return ConfigError(
-        f"{path} = {value!r} can be printed and counted, not trained: this version trains with AdamW",
-        fix=fix,
-    )

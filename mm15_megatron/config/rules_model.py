@@ -69,6 +69,7 @@ _RANGES: dict[_Range, tuple[str, ...]] = {
     _POSITIVE: (
         "language.norm_epsilon language.rotary_base language.init_method_std moe.moe_expert_capacity_factor",
         "vision.norm_epsilon connector.norm_epsilon optimizer.lr optimizer.connector_lr optimizer.vision_lr",
+        "optimizer.adafactor_eps",
         "optimizer.adam_eps optimizer.adafactor_clip_threshold optimizer.adafactor_decay_rate logging.peak_tflops",
     ),
     _DECAY: ("optimizer.adam_beta1 optimizer.adam_beta2 optimizer.adafactor_beta1",),

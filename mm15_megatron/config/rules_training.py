@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mm15_megatron.config.rule import Rule, not_trained
+from mm15_megatron.config.rule import Rule
 from mm15_megatron.config.schema import RunConfig, SourceConfig
 from mm15_megatron.errors import ConfigError
 
@@ -92,9 +92,13 @@ def _data_units(config: RunConfig, world_size: int) -> None:
         )
 
 
-def _no_adafactor(config: RunConfig, world_size: int) -> None:
-    if config.optimizer.name == "adafactor":
-        raise not_trained("optimizer.name", "adafactor", fix="set optimizer.name=adamw and its learning rate")
+def _whole_parameters(config: RunConfig, world_size: int) -> None:
+    if config.optimizer.name == "adafactor" and config.parallel.use_distributed_optimizer:
+        raise ConfigError(
+            "parallel.use_distributed_optimizer cuts parameters into flat shards, and optimizer.name = adafactor needs "
+            "whole matrices (it spreads its state over data-parallel ranks by itself)",
+            fix="set parallel.use_distributed_optimizer=false and parallel.overlap_param_gather=false",
+        )
 
 
 def _training_sources(config: RunConfig, world_size: int) -> None:
@@ -133,8 +137,7 @@ def _init_from(config: RunConfig, world_size: int) -> None:
         )
 
 
-TRAINING_RULES: tuple[Rule, ...] = (_schedule, _something_trains, _sources, _data_units)
-NOT_TRAINED_RECIPES: tuple[Rule, ...] = (_no_adafactor,)
+TRAINING_RULES: tuple[Rule, ...] = (_schedule, _something_trains, _whole_parameters, _sources, _data_units)
 LEFT_TO_THE_USER: tuple[Rule, ...] = (_training_sources, _tokenizer, _run_directory, _init_from)
 """What no preset can know."""
 DATA_RULES: tuple[Rule, ...] = (_sources, _data_units, _training_sources, _tokenizer)

@@ -15,12 +15,11 @@ from mm15_megatron.config.rules_layout import (
 from mm15_megatron.config.rules_model import MODEL_RULES, tiles_of_split_image
 from mm15_megatron.config.rules_overlap import OVERLAP_RULES
 from mm15_megatron.config.rules_precision import PRECISION_RULES
-from mm15_megatron.config.rules_training import DATA_RULES, LEFT_TO_THE_USER, NOT_TRAINED_RECIPES, TRAINING_RULES
+from mm15_megatron.config.rules_training import DATA_RULES, LEFT_TO_THE_USER, TRAINING_RULES
 from mm15_megatron.config.schema import RunConfig
 
 __all__ = [
     "LEFT_TO_THE_USER",
-    "NOT_TRAINED_YET",
     "RULES",
     "Rule",
     "check_data",
@@ -33,9 +32,6 @@ __all__ = [
     "virtual_stages",
 ]
 
-NOT_TRAINED_YET: tuple[Rule, ...] = NOT_TRAINED_RECIPES
-"""What presets may describe but this version does not train; a rule goes when its part of the trainer exists."""
-
 RULES: tuple[Rule, ...] = (
     *MODEL_RULES,
     *LAYOUT_RULES,
@@ -44,7 +40,6 @@ RULES: tuple[Rule, ...] = (
     *PRECISION_RULES,
     *OVERLAP_RULES,
     *TRAINING_RULES,
-    *NOT_TRAINED_YET,
     *LEFT_TO_THE_USER,
 )
 """Every rule, cheapest and most general first."""

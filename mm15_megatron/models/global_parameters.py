@@ -121,6 +121,14 @@ def global_name(local_name: str, *, first_layer: int, first_expert: int) -> str:
     return _EXPERT.sub(lambda found: f".mlp.experts.{int(found[1]) + first_expert}.{found[2]}", local_name)
 
 
+def module_of(name: str) -> str:
+    """Which of vision, connector and language a parameter name belongs to, of the model or of its wrapper."""
+    name = name.removeprefix("module.")
+    if name.startswith("vision_encoder."):
+        return "vision"
+    return "connector" if name.startswith("connector.") else "language"
+
+
 def split_dimension(name: str, *, encoder_is_whole: bool) -> int | None:
     """Dimension along which tensor parallelism splits a parameter; None = every rank holds it whole.
 
@@ -136,6 +144,26 @@ def split_dimension(name: str, *, encoder_is_whole: bool) -> int | None:
     module, leaf = name.split(".")[-2:]
     dim = _SPLIT.get(module)
     return None if leaf == "bias" and dim == 1 else dim
+
+
+def spread_by_size(items: Iterable[GlobalParameter]) -> dict[nn.Parameter, int]:
+    """Give each parameter to one of the ranks that hold the same slice, so that these hold about the same.
+
+    Tensor-parallel neighbours decide alike, and frozen parameters change nothing for trained ones.
+
+    Args:
+        items: all parameters of this rank.
+
+    Returns:
+        The rank in ``data_group``.
+    """
+    owners: dict[nn.Parameter, int] = {}
+    loads: dict[ProcessGroup, list[int]] = {}
+    for item in sorted(items, key=lambda i: (not i.parameter.requires_grad, -i.parameter.numel(), i.name)):
+        held = loads.setdefault(item.data_group, [0] * item.data_group.size())
+        owners[item.parameter] = owner = held.index(min(held))
+        held[owner] += item.parameter.numel()
+    return owners
 
 
 def global_parameters(chunks: Iterable[nn.Module]) -> Iterator[GlobalParameter]:

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 
 import torch
 
+from mm15_megatron.models.global_parameters import module_of
 from mm15_megatron.parity.fingerprints import PADDING, Key, forward_position
 from mm15_megatron.parity.stream import ROW_SAMPLES
 from mm15_megatron.parity.trace import Gradients, Trace
-from mm15_megatron.training.optimizer import module_of
 
 # fp32 sums taken in another order, five steps deep. Seen: 1e-5 of the largest entry of a gradient, 1e-6 of a loss.
 FP32_REDUCTION = 5e-5

@@ -246,6 +246,25 @@ _EXPERTS = (
 )
 
 
+_WHOLE_PARAMETERS = (
+    "dp4",
+    "dp2-gradoverlap-buckets20000",
+    "tp2sp-enctp-dp2",
+    "pp2dp2",
+    "dp2-resume",
+    "resume:tp2dp2>pp2",
+)
+_WHOLE_EXPERTS = ("ep2dp4", "tp2sp-ep2-etp1-resume")
+
+
 def default_layouts(cfg: RunConfig) -> str:
-    """Return the layouts of a model: with experts, also those that spread and split them."""
-    return ",".join(_DENSE + (_EXPERTS if cfg.moe.num_moe_experts else ()))
+    """Return the layouts of a model: with experts, also those that spread and split them.
+
+    AdaFactor has no distributed optimizer; it spreads whole parameters over data-parallel ranks instead.
+    """
+    names = _DENSE + (_EXPERTS if cfg.moe.num_moe_experts else ())
+    if cfg.optimizer.name == "adafactor":
+        sharded = [name for name in names if parse_layout(name).settings.get("parallel.use_distributed_optimizer")]
+        names = tuple(name for name in names if name not in sharded) + _WHOLE_PARAMETERS
+        names += _WHOLE_EXPERTS if cfg.moe.num_moe_experts else ()
+    return ",".join(names)

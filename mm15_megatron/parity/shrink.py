@@ -37,7 +37,8 @@ class token, feature layer, interpolated positions, freezing. No size grows.
 CPU_CORE_FLOPS, CUDA_FLOPS, SECONDS = 5e9, 2e13, 600.0
 # Beside the ranks: gradients of two steps and parameters, of the reference and of the layout, fp32.
 _COLLECTED_BYTES = 6 * 4
-ADAM_EPS = 1e-5
+# Where a gradient is noise, an update without these is its sign.
+ADAM_EPS, ADAFACTOR_EPS = 1e-5, 1e-10
 _KEPT_PARALLEL = ("device", "grad_reduce_in_fp32", "distributed_timeout_minutes")
 
 
@@ -130,6 +131,7 @@ def reference_config(cfg: RunConfig, *, device: str, dtype: str) -> RunConfig:
         "data.batch_unit": "rows",
         "train.rampup_batch_size": None,
         "optimizer.adam_eps": max(cfg.optimizer.adam_eps, ADAM_EPS),
+        "optimizer.adafactor_eps": max(cfg.optimizer.adafactor_eps, ADAFACTOR_EPS),
     }
     return with_values(cfg, values)
 

@@ -12,9 +12,10 @@ from megatron.core.optimizer_param_scheduler import ParamGroupOverride
 
 from mm15_megatron.accounting import resolved_learning_rate
 from mm15_megatron.config.schema import RunConfig
-from mm15_megatron.errors import ConfigError
+from mm15_megatron.models.global_parameters import module_of
 from mm15_megatron.models.mm_model import MM15Model
 from mm15_megatron.training.precision import chosen_adam, use_fused_kernel
+from mm15_megatron.training.whole_parameters import build_adafactor
 
 
 def wrap_chunks(cfg: RunConfig, chunks: Sequence[MM15Model]) -> list[DistributedDataParallel]:
@@ -52,32 +53,31 @@ def learning_rates(cfg: RunConfig) -> dict[str, float]:
     }
 
 
-def module_of(name: str) -> str:
-    """Which of vision, connector and language a parameter name belongs to."""
-    name = name.removeprefix("module.")
-    if name.startswith("vision_encoder."):
-        return "vision"
-    return "connector" if name.startswith("connector.") else "language"
-
-
 def build_optimizer(cfg: RunConfig, chunks: Sequence[DistributedDataParallel]) -> ChainedOptimizer:
-    """Build AdamW over the wrapped chunks.
+    """Build AdamW or AdaFactor over the wrapped chunks.
 
     Every parameter group carries its peak learning rate as ``max_lr`` and its decay multiplier as ``wd_mult``; the
     schedule scales the former.
 
     Raises:
-        ConfigError: if the optimizer is one this version cannot build.
-        BackendError: if its kernel is not usable here.
+        BackendError: if AdamW's kernel is not usable here.
     """
-    settings = cfg.optimizer
-    if settings.name != "adamw":
-        raise ConfigError(
-            f"optimizer.name = {settings.name!r}: this version trains with AdamW", fix="set optimizer.name=adamw"
-        )
-    bf16 = cfg.kernels.params_dtype == "bf16"
     rates = learning_rates(cfg)
-    config = OptimizerConfig(
+    config = _mcore_config(cfg, rates)
+    if cfg.optimizer.name == "adafactor":
+        return build_adafactor(cfg, chunks, config, rates=rates)
+    with chosen_adam(cfg.kernels):
+        optimizer = get_megatron_optimizer(
+            config, list(chunks), config_overrides=_overrides(cfg, rates), use_gloo_process_groups=True
+        )
+    for part in optimizer.chained_optimizers:
+        use_fused_kernel(part.optimizer)
+    return optimizer
+
+
+def _mcore_config(cfg: RunConfig, rates: dict[str, float]) -> OptimizerConfig:
+    settings, bf16 = cfg.optimizer, cfg.kernels.params_dtype == "bf16"
+    return OptimizerConfig(
         optimizer="adam",
         decoupled_weight_decay=True,
         lr=rates["language"],
@@ -93,13 +93,6 @@ def build_optimizer(cfg: RunConfig, chunks: Sequence[DistributedDataParallel]) -
         overlap_param_gather=cfg.parallel.overlap_param_gather,
         fp8_recipe=cfg.precision.fp8_recipe if cfg.precision.fp8 else None,
     )
-    with chosen_adam(cfg.kernels):
-        optimizer = get_megatron_optimizer(
-            config, list(chunks), config_overrides=_overrides(cfg, rates), use_gloo_process_groups=True
-        )
-    for part in optimizer.chained_optimizers:
-        use_fused_kernel(part.optimizer)
-    return optimizer
 
 
 def _overrides(cfg: RunConfig, rates: dict[str, float]) -> dict[ParamKey, ParamGroupOverride]:

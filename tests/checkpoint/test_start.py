@@ -87,11 +87,11 @@ def _states(parts: StepParts) -> dict[str, Whole]:
     assert parts.optimizer is not None
     items = {item.parameter: item for item in global_parameters([chunk.module for chunk in parts.chunks])}
     found: dict[str, Whole] = {}
-    for parameter, kind, tensor in whole_states(parts.optimizer, wanted=items):
-        item = items[parameter]
-        whole = item.gather(tensor)
+    for state in whole_states(parts.optimizer, wanted=items):
+        item = items[state.parameter]
+        whole = item.gather(state.tensor)
         if item.is_first_replica:
-            found.setdefault(kind, {})[item.name] = whole
+            found.setdefault(state.kind, {})[item.name] = whole
     return found
 
 

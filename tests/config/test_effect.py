@@ -12,8 +12,6 @@ from mm15_megatron.config.effect import TABLE, Idle, without_effect
 from mm15_megatron.config.parse import apply_overrides
 from mm15_megatron.config.schema import RunConfig
 from mm15_megatron.config.tree import OPTIONS
-from mm15_megatron.config.validate import validate
-from mm15_megatron.errors import ConfigError
 from mm15_megatron.presets import REGISTRY, resolve
 
 MOE = "moe.num_moe_experts=4"
@@ -138,17 +136,12 @@ def _names_read() -> set[str]:
     package = Path(config.__path__[0]).parent
     apart = (Path(config.__path__[0]), Path(presets.__path__[0]))
     files = [path for path in package.rglob("*.py") if not any(folder in path.parents for folder in apart)]
-    files.append(apart[0] / "schema.py")
+    files += apart[0].glob("schema*.py")
     nodes = [node for path in files for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))]
     return {node.attr for node in nodes if isinstance(node, ast.Attribute)}
 
 
-def test_every_option_is_read_or_reported_or_refused():
+def test_every_option_is_read_or_reported():
     listed = set(" ".join(row.paths for row in TABLE).split())
     read = _names_read()
-    for path in set(OPTIONS) - listed - {"preset"}:
-        if path.rpartition(".")[2] not in read:
-            assert OPTIONS[path].choices, path
-            other = next(choice for choice in OPTIONS[path].choices if choice != OPTIONS[path].default)
-            with pytest.raises(ConfigError, match=f"{path} = .* can be printed and counted, not trained"):
-                validate(apply_overrides(resolve("debug_dense"), [f"{path}={other}"]), world_size=1)
+    assert [path for path in set(OPTIONS) - listed - {"preset"} if path.rpartition(".")[2] not in read] == []

@@ -317,7 +317,12 @@ CASES = [
     ("_fp8_widths", 2, [*FP8, TP2, "language.ffn_hidden_size=80"], "language.ffn_hidden_size = 80"),
     ("_fp8_widths", 1, [*FP8, "vision.ffn_hidden_size=72", "precision.fp8_vision=true"], "vision.ffn_hidden_size = 72"),
     ("_context_parallel", 2, [CP2, "data.seq_length=127", "train.micro_batch_size=1"], "= 127 is not divisible"),
-    ("_no_adafactor", 1, ["optimizer.name=adafactor"], "set optimizer.name=adamw"),
+    (
+        "_whole_parameters",
+        2,
+        ["optimizer.name=adafactor", "parallel.use_distributed_optimizer=true"],
+        "adafactor needs whole matrices",
+    ),
     ("_data_units", 1, ["data.batch_unit=samples"], "data.mixture_unit = row wants rows of one source"),
     (
         "_data_units",

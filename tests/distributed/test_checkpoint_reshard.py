@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from mm15_megatron.checkpoint import schema
-from mm15_megatron.checkpoint.optimizer_state import get_step
+from mm15_megatron.checkpoint.optimizer_state import Piece, get_step
 from mm15_megatron.checkpoint.publish import checkpoints_folder
 from mm15_megatron.checkpoint.store import load_training, load_weights, open_checkpoint, open_latest, save_checkpoint
 from mm15_megatron.checkpoint.torch_dist import load_tensors, stored_shapes
@@ -18,6 +18,7 @@ from mm15_megatron.parallel.topology import close_topology
 from mm15_megatron.parity.compare import FP32_SCALAR
 from mm15_megatron.parity.layouts import parse_layout
 from mm15_megatron.parity.ranks import RankFailure, run_on_ranks
+from mm15_megatron.parity.shrink import ADAFACTOR_EPS
 from mm15_megatron.parity.trace import build_parts, micro_batches
 from mm15_megatron.training.step import StepParts, evaluate_step, train_step
 
@@ -25,7 +26,12 @@ from ..helpers.layouts import LAYOUTS, Layout, change, debug_config
 
 BEFORE, AFTER = 3, 5
 TITLE = "resume across layouts (next five losses and gradient norms against the straight run of one rank)"
-DENSE, SPARSE = "debug_dense", "debug_moe"
+DENSE, SPARSE, FACTORED = "debug_dense", "debug_moe", "debug_moe with AdaFactor"
+OPTIMIZER = {
+    DENSE: {},
+    SPARSE: {},
+    FACTORED: {"name": "adafactor", "adafactor_eps": ADAFACTOR_EPS},
+}
 
 ONE = Layout(1, {})
 OVERLAP = "dp2-overlap-many-buckets"
@@ -38,7 +44,8 @@ SPARSE_MATRIX = {
     "one": ONE,
     **{name: parse_layout(name) for name in ("tp2sp-etp1", "ep2-dist-opt", "vpp2", "tp2sp-pp2ep2-dist-opt")},
 }
-MATRICES = {DENSE: MATRIX, SPARSE: SPARSE_MATRIX}
+FACTORED_MATRIX = {"one": ONE, **{name: parse_layout(name) for name in ("dp2", "tp2sp-dp2-ep2-etp1", "tp2pp2", "ep2")}}
+MATRICES = {DENSE: MATRIX, SPARSE: SPARSE_MATRIX, FACTORED: FACTORED_MATRIX}
 
 Figures = list[tuple[float, float]]
 Saved = tuple[dict[str, str], dict[str, Figures]]
@@ -91,21 +98,21 @@ def _resume(cfg: RunConfig, run_dirs: dict[str, str]) -> dict[str, Figures]:
     return found
 
 
-def _in(run_dir: Path, layout: Layout, *, preset: str = DENSE, **sections: dict[str, object]) -> RunConfig:
-    cfg = change(debug_config(preset), train={"run_dir": str(run_dir)})
+def _in(run_dir: Path, layout: Layout, *, model: str = DENSE, **sections: dict[str, object]) -> RunConfig:
+    cfg = change(debug_config(model.partition(" ")[0]), train={"run_dir": str(run_dir)}, optimizer=OPTIMIZER[model])
     return change(layout.apply(cfg), **sections)
 
 
 @pytest.fixture(scope="module")
 def saved_runs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Saved]:
-    """By preset: a run directory of each layout, and what its uninterrupted run shows after the checkpoint."""
+    """By model: a run directory of each layout, and what its uninterrupted run shows after the checkpoint."""
 
     @functools.cache
-    def save_all(preset: str) -> Saved:
+    def save_all(model: str) -> Saved:
         run_dirs, straight = {}, {}
-        for name, layout in MATRICES[preset].items():
+        for name, layout in MATRICES[model].items():
             run_dir = tmp_path_factory.mktemp(name)
-            cfg = _in(run_dir, layout, preset=preset)
+            cfg = _in(run_dir, layout, model=model)
             straight[name] = run_on_ranks(_train_and_save, layout.world_size, cfg=cfg)[0]
             run_dirs[name] = str(run_dir)
         return run_dirs, straight
@@ -125,20 +132,20 @@ def _distance(left: Figures, right: Figures) -> float:
     return max(max(abs(a[0] - b[0]), abs(a[1] - b[1]) / b[1]) for a, b in pairs)
 
 
-@pytest.mark.parametrize(("preset", "into"), [(preset, into) for preset, matrix in MATRICES.items() for into in matrix])
+@pytest.mark.parametrize(("model", "into"), [(model, into) for model, matrix in MATRICES.items() for into in matrix])
 def test_resume_in_layout(
-    preset: str, into: str, saved_runs: Callable[[str], Saved], table: dict[str, list[str]]
+    model: str, into: str, saved_runs: Callable[[str], Saved], table: dict[str, list[str]]
 ) -> None:
     """Every layout's checkpoint continues here; bitwise when this layout saved it."""
-    run_dirs, straight = saved_runs(preset)
-    matrix, layout = MATRICES[preset], MATRICES[preset][into]
+    run_dirs, straight = saved_runs(model)
+    matrix, layout = MATRICES[model], MATRICES[model][into]
     # its own checkpoint last: all foreign ones were loaded into the same process before it
     order = {name: run_dirs[name] for name in [*(n for n in matrix if n != into), into]}
-    cfg = _in(Path(run_dirs[into]), layout, preset=preset)
+    cfg = _in(Path(run_dirs[into]), layout, model=model)
     found = run_on_ranks(_resume, layout.world_size, cfg=cfg, run_dirs=order)[0]
     distances = {name: _distance(found[name], straight["one"]) for name in matrix}
     header = f"{'loaded in':14}" + "".join(f"{'from ' + name[:12]:>19}" for name in matrix)
-    lines = table.setdefault(f"{TITLE}, {preset}", [header])
+    lines = table.setdefault(f"{TITLE}, {model}", [header])
     lines.append(f"{into[:12]:14}" + "".join(f"{distances[name]:19.1e}" for name in matrix))
     assert found[into] == straight[into], "resuming in the same layout is not bitwise the straight run"
     assert max(distances.values()) <= FP32_SCALAR, distances
@@ -195,6 +202,15 @@ def test_frozen_and_tied(tmp_path: Path) -> None:
         assert _distance(found, straight) <= FP32_SCALAR, name
 
 
+def test_another_optimizer_is_refused(saved_runs: Callable[[str], Saved]) -> None:
+    """Its state is not in the checkpoint; weights alone would be."""
+    run_dirs, _ = saved_runs(SPARSE)
+    cfg = _in(Path(run_dirs["one"]), ONE, model=FACTORED)
+    with pytest.raises(RankFailure, match=r"holds the moments of adamw, and this run is adafactor with") as failed:
+        run_on_ranks(_resume, 1, cfg=cfg, run_dirs={"one": run_dirs["one"]})
+    assert "checkpoint.init_from" in str(failed.value)
+
+
 def test_training_what_was_frozen_is_refused(tmp_path: Path) -> None:
     """State that the checkpoint does not hold is named, on every rank."""
     run_on_ranks(_train_and_save, 1, cfg=_in(tmp_path, ONE, freeze={"vision": True}))
@@ -234,7 +250,8 @@ def _resume_with_fault(cfg: RunConfig, run_dirs: dict[str, str], fault: str) -> 
     if fault == "step":
         schema.set_step = _forget_step
     else:
-        schema.KINDS = tuple(kind for kind in schema.KINDS if kind != fault)
+        write = Piece.write
+        Piece.write = lambda piece, kind, whole: None if kind == fault else write(piece, kind, whole)
     parts = build_parts(cfg)
     checkpoint = open_latest(run_dirs["one"])
     assert checkpoint is not None
@@ -245,11 +262,16 @@ def _resume_with_fault(cfg: RunConfig, run_dirs: dict[str, str], fault: str) -> 
     return {"one": figures}
 
 
-@pytest.mark.parametrize("fault", ["step", "master", "exp_avg", "exp_avg_sq"])
-def test_planted_fault_is_found(fault: str, saved: Saved) -> None:
-    """The comparison fails when any one part is not restored (the first loss alone would miss three of four)."""
-    run_dirs, straight = saved
-    cfg = _in(Path(run_dirs["one"]), MATRIX["dp2-dist-opt"])
+FAULTS = [(DENSE, fault) for fault in ("step", "master", "exp_avg", "exp_avg_sq")]
+FAULTS += [(FACTORED, fault) for fault in ("step", "master", "exp_avg", "exp_avg_sq", "row", "column")]
+
+
+@pytest.mark.parametrize(("model", "fault"), FAULTS)
+def test_planted_fault_is_found(model: str, fault: str, saved_runs: Callable[[str], Saved]) -> None:
+    """The comparison fails when any one part is not restored (the first loss alone would miss all but the master)."""
+    run_dirs, straight = saved_runs(model)
+    layout = MATRICES[model]["dp2" if model == FACTORED else "dp2-dist-opt"]
+    cfg = _in(Path(run_dirs["one"]), layout, model=model)
     found = run_on_ranks(_resume_with_fault, 2, cfg=cfg, run_dirs=run_dirs, fault=fault)[0]["one"]
     assert _distance(found, straight["one"]) > 10 * FP32_SCALAR
     assert (_distance(found[:1], straight["one"][:1]) <= FP32_SCALAR) == (fault != "master")

@@ -13,6 +13,7 @@ from mm15_megatron.parallel.topology import build_topology
 from mm15_megatron.parity.compare import BF16_SCALAR
 from mm15_megatron.parity.layouts import parse_layout
 from mm15_megatron.parity.ranks import RankFailure, rank_place, run_on_ranks
+from mm15_megatron.parity.shrink import ADAFACTOR_EPS
 
 from ..helpers.layouts import LAYOUTS, Layout, change, debug_config
 from ..helpers.parity import FP32_SCALAR, Difference, Trace, compare, trace
@@ -38,6 +39,17 @@ VARIANTS = {
     "moe": {"moe": EXPERTS},
     "moe-capacity": {"moe": EXPERTS | {"moe_expert_capacity_factor": 0.8, "moe_capacity_group_size": 32}},
 }
+ADAFACTOR = {
+    "name": "adafactor",
+    "weight_decay": 1e-3,
+    "adafactor_clip_threshold": 0.5,  # so that most updates are clipped
+    "adafactor_eps": ADAFACTOR_EPS,
+}
+VARIANTS |= {
+    "adafactor": {"optimizer": ADAFACTOR},
+    "adafactor-tied": VARIANTS["tied-qknorm"] | {"optimizer": ADAFACTOR},
+    "adafactor-moe": {"moe": EXPERTS, "optimizer": ADAFACTOR | {"adafactor_beta1": None}},
+}
 COMBINATIONS = [("dense", layout) for layout in LAYOUTS if layout != "tp4sp"] + [
     (variant, layout)
     for variant in ("tied-qknorm", "encoder-frozen", "language-frozen", "average-pool")
@@ -61,6 +73,13 @@ COMBINATIONS += [
     ("moe", "ep2-recompute-moe"),
     ("moe-capacity", "tp2sp"),
     ("moe-capacity", "ep2-mbs1"),
+    *(("adafactor", layout) for layout in ("tp2", "tp2sp", "pp2", "dp2", "dp4", "cp2", "tp2-encoder-tp", "vpp2")),
+    ("adafactor", "tp2dp2-gradoverlap-buckets20000"),
+    ("adafactor-tied", "tp2pp2"),
+    ("adafactor-moe", "tp2sp-etp1"),
+    ("adafactor-moe", "tp2"),
+    ("adafactor-moe", "tp2sp-ep2-etp1"),
+    ("adafactor-moe", "ep2dp4"),
 ]
 
 

@@ -11,7 +11,7 @@ from mm15_megatron.config.dump import diff, load_flat
 from mm15_megatron.config.parse import apply_overrides, parse_run
 from mm15_megatron.config.schema import RunConfig
 from mm15_megatron.config.tree import OPTIONS
-from mm15_megatron.config.validate import LEFT_TO_THE_USER, NOT_TRAINED_YET, RULES, validate
+from mm15_megatron.config.validate import LEFT_TO_THE_USER, RULES, validate
 from mm15_megatron.errors import ConfigError
 from mm15_megatron.presets import REGISTRY, resolve
 from mm15_megatron.presets.recipe import FITS_80_GB
@@ -90,25 +90,18 @@ def test_presets_pass_every_rule_of_shape(name):
     cfg = resolve(name)
     world = 1 if cfg.parallel.device == "cpu" else 64
     for rule in RULES:
-        if rule not in NOT_TRAINED_YET + LEFT_TO_THE_USER:
+        if rule not in LEFT_TO_THE_USER:
             rule(cfg, world)
 
 
 @pytest.mark.parametrize(
     "name",
     ["debug_dense", "debug_vision", "debug_moe", "mm1_3b", "mm1_3b_moe", "mm1_7b_moe", "mm15_30b", "mm15_1b_moe"]
-    + ["mm1_ablation_base", "mm1_encoder_aim_3b"],
+    + ["mm1_ablation_base", "mm1_encoder_aim_3b", "mm1_3b_moe_sft", "mm15_3b_sft", "mm15_30b_continual"],
 )
-def test_adamw_presets_can_be_trained(name):
+def test_presets_can_be_trained(name):
     cfg = apply_overrides(resolve(name), ["data.sources=[{prefix: a}]", "data.tokenizer=tokenizer.json"])
     validate(cfg, world_size=1 if cfg.parallel.device == "cpu" else 64)
-
-
-@pytest.mark.parametrize("name", ["mm1_3b_moe_sft", "mm15_3b_sft"])
-def test_presets_that_are_not_trained_yet_say_so(name):
-    cfg = resolve(name)
-    with pytest.raises(ConfigError, match="can be printed and counted, not trained"):
-        validate(cfg, world_size=1 if cfg.parallel.device == "cpu" else 64)
 
 
 @pytest.mark.parametrize(("name", "rate"), [("mm1_3b", 6e-5), ("mm1_7b", 4e-5), ("mm1_30b", 2e-5), ("mm15_1b", 8.6e-5)])
