@@ -2,8 +2,9 @@
 
 Launchers are torchrun, srun and mpiexec.
 
-Exit codes: 0 the run is complete; 2 something in the input is wrong, and one message says what; 75 a signal (SIGTERM,
-SIGUSR1) stopped the run, its last step is saved, and the same command goes on from there. Anything else is a bug.
+Exit codes: 0 the run is complete; 2 something in the input is wrong, and one message says what; 3 loss or gradients
+stopped the run (``faults``), saved; 75 a signal (SIGTERM, SIGUSR1) stopped the run, its last step is saved, and the
+same command goes on from there. Anything else is a bug.
 """
 
 from __future__ import annotations

@@ -92,6 +92,11 @@ def publish(writing: Path, *, step: int) -> Path:
     return final
 
 
+def abandon(folder: Path, step: int) -> None:
+    """Remove what was written of a checkpoint that will not be published."""
+    shutil.rmtree(folder / f"{_HIDDEN[0]}{name_of_step(step)}", ignore_errors=True)
+
+
 def remove(checkpoint: Path) -> None:
     """Delete a checkpoint; killed in between, it is already hidden from every reader."""
     shutil.rmtree(_hide(checkpoint))

@@ -21,8 +21,16 @@ import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 
-from mm15_megatron.checkpoint import publish, schema, torch_dist
-from mm15_megatron.checkpoint.store import TRAINING_ONLY, Checkpoint, model_differences, open_checkpoint, open_latest
+from mm15_megatron.checkpoint import publish, schema
+from mm15_megatron.checkpoint.contents import Mismatch, compare_contents
+from mm15_megatron.checkpoint.store import (
+    TRAINING_ONLY,
+    Checkpoint,
+    check_files,
+    model_differences,
+    open_checkpoint,
+    open_latest,
+)
 from mm15_megatron.config.dump import value_text
 from mm15_megatron.config.schema import RunConfig
 from mm15_megatron.errors import CheckpointError
@@ -135,9 +143,10 @@ def start_from(
     Raises:
         CheckpointError: it holds another model, or is damaged; names parameters and options that differ.
     """
-    expected = schema.expected_shapes(chunks, with_optimizer=False)
+    check_files(checkpoint)
+    expected = schema.expected_shapes(chunks)
     ignored = (schema.OPTIMIZER_PREFIX, schema.FP8_PREFIX)
-    found = torch_dist.compare_contents(checkpoint.tensors, expected, ignored_prefixes=ignored)
+    found = compare_contents(checkpoint.format.stored_shapes(checkpoint.tensors), expected, ignored_prefixes=ignored)
     tables = {schema.model_key(table.name): table for table in position_tables(checkpoint.config, cfg)}
     resized = {
         key: tables[key]
@@ -146,7 +155,7 @@ def start_from(
     }
     _check_fits(checkpoint, cfg, found.without(resized))
     wanted = schema.weights_to_start(chunks, optimizer, resized=resized)
-    wanted.restore(torch_dist.load_tensors(wanted.tensors, checkpoint.tensors))
+    wanted.restore(checkpoint.format.load_tensors(wanted.tensors, checkpoint.tensors))
     return Start(checkpoint, tuple(resized.values()))
 
 
@@ -160,7 +169,7 @@ def position_tables(saved: RunConfig, cfg: RunConfig) -> list[ResizedTable]:
     ]
 
 
-def _check_fits(checkpoint: Checkpoint, cfg: RunConfig, found: torch_dist.Mismatch) -> None:
+def _check_fits(checkpoint: Checkpoint, cfg: RunConfig, found: Mismatch) -> None:
     changes = [change for change in model_differences(checkpoint.config, cfg) if change.path not in MAY_DIFFER]
     if not changes and not found.problems():
         return

@@ -1,8 +1,9 @@
-"""Save and load whole checkpoints: tensors, the resolved configuration as flat text, and the numbers of the run.
+"""Whole checkpoints, opened and loaded: tensors, the resolved configuration as flat text, and the numbers of the run.
 
-    step_00001234/tensors/      the sharded tensors (``torch_dist.py``), named by ``schema.py``
+    step_00001234/tensors/      the sharded tensors (``torch_dist.py``, ``zarr_format.py``), named by ``schema.py``
     step_00001234/config.txt    every option of the run that wrote it
     step_00001234/state.json    step, rows consumed, counters, digest of the data order, layout, versions
+    step_00001234/proof.json    what every file must be (``proof.py``)
 
 Random-number states are not stored: weights, data order and everything drawn while training are functions of the seed.
 """
@@ -11,25 +12,25 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from importlib.metadata import version
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from torch import nn
 
-from mm15_megatron.checkpoint import publish, schema, torch_dist
-from mm15_megatron.checkpoint.retention import apply_retention
-from mm15_megatron.config.dump import Difference, diff, dump_flat, load_flat, value_text
+from mm15_megatron.checkpoint import publish, schema, torch_dist, zarr_format
+from mm15_megatron.checkpoint.contents import TensorFormat, check_contents
+from mm15_megatron.checkpoint.proof import Proof, damaged_files, listing
+from mm15_megatron.config.dump import Difference, diff, load_flat, value_text
 from mm15_megatron.config.schema import RunConfig
 from mm15_megatron.errors import CheckpointError, ConfigError
-from mm15_megatron.parallel.topology import Topology
-from mm15_megatron.utils.ranks import on_rank_zero
+from mm15_megatron.utils.ranks import gathered_objects, on_rank_zero
 
 FORMAT_VERSION = 1
-_TENSORS, _CONFIG, _STATE = "tensors", "config.txt", "state.json"
+TENSORS, CONFIG, STATE = "tensors", "config.txt", "state.json"
 _MODEL_SECTIONS = ("language", "moe", "vision", "connector")
 TRAINING_ONLY = {
     "language.z_loss_coeff",
@@ -67,7 +68,17 @@ class Checkpoint:
     @property
     def tensors(self) -> Path:
         """Where its tensors lie."""
-        return self.folder / _TENSORS
+        return self.folder / TENSORS
+
+    @property
+    def format(self) -> TensorFormat:
+        """How they lie there."""
+        return tensor_format(self.config.checkpoint.format)
+
+
+def tensor_format(name: str) -> TensorFormat:
+    """Return one of the formats of ``checkpoint.format``."""
+    return zarr_format if name == "zarr" else torch_dist
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
@@ -77,8 +88,8 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         CheckpointError: files are missing or damaged, or were written by a newer version of the format.
     """
     try:
-        state = json.loads((folder / _STATE).read_text(encoding="utf-8"))
-        config = load_flat((folder / _CONFIG).read_text(encoding="utf-8"))
+        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+        config = load_flat((folder / CONFIG).read_text(encoding="utf-8"))
         found = state["format_version"]
         if found > FORMAT_VERSION:
             raise CheckpointError(
@@ -158,63 +169,37 @@ def _moments_of(cfg: RunConfig) -> str:
     return f"adafactor with{'out' if cfg.optimizer.adafactor_beta1 is None else ''} momentum"
 
 
-def save_checkpoint(
-    cfg: RunConfig,
-    chunks: Sequence[DistributedDataParallel],
-    optimizer: MegatronOptimizer,
-    *,
-    topology: Topology,
-    step: int,
-    data_digest: str,
-    progress: Mapping[str, Any],
-) -> Path:
-    """Write, publish and track a checkpoint of this step, then delete old ones (every rank must call).
-
-    Args:
-        cfg: the run's configuration; decides where and how many are kept.
-        chunks: this rank's wrapped model chunks.
-        optimizer: its optimizer.
-        topology: the layout.
-        step: optimizer steps taken.
-        data_digest: digest of the order of the training data.
-        progress: the run's counters, JSON values; rank 0's are stored.
+def check_files(checkpoint: Checkpoint) -> None:
+    """Hold every file of a checkpoint against its proof, each on one rank (every rank must call).
 
     Raises:
-        CheckpointError: if it could not be written; the previous one stays tracked.
+        CheckpointError: files are missing or changed; names them, and the newest older checkpoint that is whole.
     """
-    folder = publish.checkpoints_folder(cfg.train.run_dir)
-    state = schema.state_to_save(chunks, optimizer, topology=topology)
-    meta = {
-        "format_version": FORMAT_VERSION,
-        "step": step,
-        "optimizer_step": state.optimizer_step,
-        "data_digest": data_digest,
-        "progress": dict(progress),
-        "layout": {"world_size": topology.place.world_size, **asdict(cfg.parallel)},
-        "versions": {name: version(name) for name in ("torch", "megatron-core")},
-    }
-
-    def begin() -> Path:
-        writing = publish.begin(folder, step)
-        (writing / _TENSORS).mkdir()
-        (writing / _CONFIG).write_text(dump_flat(cfg), encoding="utf-8")
-        (writing / _STATE).write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
-        return writing
-
-    def finish() -> Path:
-        final = publish.publish(writing, step=step)
-        apply_retention(folder, keep=cfg.checkpoint.keep)
-        return final
-
-    try:
-        writing = on_rank_zero(begin)
-        torch_dist.save_tensors(state.tensors, writing / _TENSORS)
-        return on_rank_zero(finish)
-    except OSError as error:
+    proof = Proof.read(checkpoint.folder)
+    rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    mine = damaged_files(checkpoint.folder, proof, names=sorted(proof.files)[rank::ranks])
+    problems = [problem for share in gathered_objects(mine) for problem in share]
+    if problems:
+        older = on_rank_zero(lambda: _newest_whole(checkpoint.folder))
+        tracker = checkpoint.folder.parent / publish.TRACKER
+        offer = f"write {older} into {tracker} to go on from the newest one before it that is whole"
         raise CheckpointError(
-            f"the checkpoint of step {step} could not be written: {error}",
-            fix="check free space and permissions; the previous checkpoint is untouched",
-        ) from error
+            f"{checkpoint.folder} is damaged: {listing(problems)}",
+            fix=offer if older else "no older checkpoint is whole: restore these files from a copy",
+        )
+
+
+def _newest_whole(damaged: Path) -> str:
+    """Return the name of the newest older checkpoint whose files are what they were; "" if there is none."""
+    older = [path for path in publish.published(damaged.parent) if path.name < damaged.name]
+    for path in reversed(older):
+        try:
+            proof = Proof.read(path)
+        except CheckpointError:
+            continue
+        if not damaged_files(path, proof, names=sorted(proof.files)):
+            return path.name
+    return ""
 
 
 def load_training(
@@ -232,12 +217,14 @@ def load_training(
     """
     check_same_model(checkpoint, cfg)
     check_same_optimizer(checkpoint, cfg)
+    check_files(checkpoint)
     tensors = checkpoint.tensors
     wanted = schema.training_to_load(chunks, optimizer, optimizer_step=checkpoint.optimizer_step)
     expected = schema.expected_shapes(chunks, wanted.tensors)
-    torch_dist.check_contents(tensors, expected, ignored_prefixes=(schema.FP8_PREFIX,))
-    scaling = schema.amax_to_load(chunks, torch_dist.stored_shapes(tensors))
-    loaded = torch_dist.load_tensors({**wanted.tensors, **scaling.tensors}, tensors)
+    stored = checkpoint.format.stored_shapes(tensors)
+    check_contents(tensors, stored, expected, ignored_prefixes=(schema.FP8_PREFIX,))
+    scaling = schema.amax_to_load(chunks, stored)
+    loaded = checkpoint.format.load_tensors({**wanted.tensors, **scaling.tensors}, tensors)
     scaling.restore(loaded)  # first: weights kept in FP8 are cast by these scales
     wanted.restore(loaded)
 
@@ -249,8 +236,10 @@ def load_weights(checkpoint: Checkpoint, cfg: RunConfig, chunks: Sequence[nn.Mod
         CheckpointError: it holds another model, lacks or adds parameters, or is damaged.
     """
     check_same_model(checkpoint, cfg)
+    check_files(checkpoint)
     tensors = checkpoint.tensors
     expected = schema.expected_shapes(chunks)
-    torch_dist.check_contents(tensors, expected, ignored_prefixes=(schema.OPTIMIZER_PREFIX, schema.FP8_PREFIX))
+    stored = checkpoint.format.stored_shapes(tensors)
+    check_contents(tensors, stored, expected, ignored_prefixes=(schema.OPTIMIZER_PREFIX, schema.FP8_PREFIX))
     wanted = schema.weights_to_load(chunks)
-    wanted.restore(torch_dist.load_tensors(wanted.tensors, tensors))
+    wanted.restore(checkpoint.format.load_tensors(wanted.tensors, tensors))

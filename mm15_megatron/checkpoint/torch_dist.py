@@ -7,28 +7,33 @@ the calling process.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
+import io
+import os
+from collections.abc import Mapping
 from pathlib import Path
 from pickle import UnpicklingError
 
 import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedTensor
-from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, CheckpointingException, save_config
+from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from megatron.core.dist_checkpointing.strategies.base import SaveShardedStrategy
+from megatron.core.dist_checkpointing.strategies.common import TorchCommonSaveStrategy
 from megatron.core.dist_checkpointing.strategies.torch import (
     MCoreSavePlanner,
     _replace_state_dict_keys_with_sharded_keys,
     mcore_to_pyt_state_dict,
 )
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.state_dict_saver import save
 
+from mm15_megatron.checkpoint.contents import damaged
 from mm15_megatron.errors import CheckpointError
+from mm15_megatron.utils.ranks import on_rank_zero
 
-_SHOWN = 8
+_BACKEND, _VERSION = "torch_dist", 1
 _DAMAGE = (
     CheckpointException,
     CheckpointingException,
@@ -54,19 +59,52 @@ class _SaveWithoutFork(SaveShardedStrategy):  # type: ignore[misc]
         )
 
 
-def save_tensors(tensors: Mapping[str, ShardedTensor], folder: Path) -> None:
+def save_tensors(tensors: Mapping[str, ShardedTensor], folder: Path) -> list[Path]:
     """Write the tensors of all ranks into an existing empty folder (every rank must call).
+
+    Returns:
+        The files that this rank wrote.
 
     Raises:
         CheckpointError: if the folder cannot be written.
     """
     try:
-        dist_checkpointing.save(dict(tensors), str(folder), sharded_strategy=_SaveWithoutFork("torch_dist", 1))
+        sharded, common = save_preprocess(dict(tensors))  # every shard of the whole has one writer
+        on_rank_zero(lambda: _describe(folder, common))
+        _SaveWithoutFork(_BACKEND, _VERSION).save(sharded, folder)
     except (CheckpointException, OSError) as error:
         raise CheckpointError(
             f"the checkpoint could not be written to {folder}: {_cause(error)}",
             fix="check free space and permissions; the previous checkpoint is untouched",
         ) from error
+    return _files_of_rank(folder, torch.distributed.get_rank())
+
+
+class ShardReader:
+    """Reads single shards, as the ranks wrote them, past the system's cache of the files.
+
+    Args:
+        folder: where the tensors lie.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        places = FileSystemReader(folder).read_metadata().storage_data
+        self._places = {(index.fqn, tuple(index.offset or ())): place for index, place in places.items()}
+
+    def __call__(self, key: str, offset: tuple[int, ...]) -> torch.Tensor:
+        """Return the shard of a tensor that begins at ``offset`` of the whole, on the CPU.
+
+        Raises:
+            KeyError: there is none.
+        """
+        place = self._places[key, offset]
+        with (self._folder / place.relative_path).open("rb") as stream:
+            os.posix_fadvise(stream.fileno(), place.offset, place.length, os.POSIX_FADV_DONTNEED)
+            stream.seek(place.offset)
+            content = io.BytesIO(stream.read(place.length))
+        shard: torch.Tensor = torch.load(content, map_location="cpu", weights_only=True)
+        return shard
 
 
 def stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
@@ -78,83 +116,8 @@ def stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     try:
         stored = dist_checkpointing.load_tensors_metadata(str(folder))
     except _DAMAGE as error:
-        raise _damaged(folder, error) from error
+        raise damaged(folder, _cause(error)) from error
     return {key: tuple(tensor.global_shape) for key, tensor in stored.items()}
-
-
-@dataclass(frozen=True)
-class Mismatch:
-    """Where what is stored differs from what all ranks together expect.
-
-    Attributes:
-        missing: expected keys that are not stored.
-        unknown: stored keys that nobody expects.
-        reshaped: by key, the stored whole shape and the expected one, where they differ.
-    """
-
-    missing: frozenset[str]
-    unknown: frozenset[str]
-    reshaped: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]
-
-    def without(self, reshaped: Collection[str]) -> Mismatch:
-        """Return the same without these tensors of another shape."""
-        left = {key: shapes for key, shapes in self.reshaped.items() if key not in reshaped}
-        return replace(self, reshaped=left)
-
-    def problems(self) -> list[str]:
-        """Return a clause for each kind of difference that there is; all keys are counted, the first ones listed."""
-        reshaped = {f"{key} {list(stored)}, here {list(here)}" for key, (stored, here) in self.reshaped.items()}
-        clauses = [
-            _listing("missing in the checkpoint", self.missing),
-            _listing("unknown to this model", self.unknown),
-            _listing("of another shape", reshaped),
-        ]
-        return [clause for clause in clauses if clause]
-
-
-def compare_contents(
-    folder: Path, expected: Mapping[str, tuple[int, ...]], *, ignored_prefixes: tuple[str, ...] = ()
-) -> Mismatch:
-    """Compare what is stored with what all ranks together expect (every rank must call).
-
-    Args:
-        folder: where the tensors lie.
-        expected: key and whole shape of each tensor that this rank's model knows.
-        ignored_prefixes: stored keys that nobody has to want.
-
-    Raises:
-        CheckpointError: if the folder is not a readable checkpoint.
-    """
-    stored = stored_shapes(folder)
-    shares: list[Mapping[str, tuple[int, ...]]] = [{}] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(shares, dict(expected))
-    wanted = {key: shape for share in shares for key, shape in share.items()}
-    both = stored.keys() & wanted.keys()
-    return Mismatch(
-        missing=frozenset(wanted.keys() - stored.keys()),
-        unknown=frozenset(key for key in stored.keys() - wanted.keys() if not key.startswith(ignored_prefixes)),
-        reshaped={key: (stored[key], wanted[key]) for key in sorted(both) if stored[key] != wanted[key]},
-    )
-
-
-def check_contents(
-    folder: Path, expected: Mapping[str, tuple[int, ...]], *, ignored_prefixes: tuple[str, ...] = ()
-) -> None:
-    """Refuse a checkpoint that does not hold what all ranks together expect (every rank must call).
-
-    Args:
-        folder: as in :func:`compare_contents`.
-        expected: as there.
-        ignored_prefixes: as there.
-
-    Raises:
-        CheckpointError: tensors are missing, unknown or of another shape; all are counted, the first ones listed.
-    """
-    if problems := compare_contents(folder, expected, ignored_prefixes=ignored_prefixes).problems():
-        raise CheckpointError(
-            f"{folder} does not hold this model and optimizer: " + "; ".join(problems),
-            fix="resume with the configuration beside the checkpoint (config.txt), or start a new run directory",
-        )
 
 
 def load_tensors(requests: Mapping[str, ShardedTensor], folder: Path) -> dict[str, torch.Tensor]:
@@ -167,14 +130,7 @@ def load_tensors(requests: Mapping[str, ShardedTensor], folder: Path) -> dict[st
         # Several data-parallel ranks may want one shard, so nobody is its one reader.
         return dict(dist_checkpointing.load(dict(requests), str(folder), validate_access_integrity=False))
     except _DAMAGE as error:
-        raise _damaged(folder, error) from error
-
-
-def _listing(what: str, keys: Collection[str]) -> str:
-    if not keys:
-        return ""
-    shown = ", ".join(sorted(keys)[:_SHOWN])
-    return f"{len(keys)} tensors {what} ({shown}{', ...' if len(keys) > _SHOWN else ''})"
+        raise damaged(folder, _cause(error)) from error
 
 
 def _cause(error: BaseException) -> str:
@@ -185,8 +141,21 @@ def _cause(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"
 
 
-def _damaged(folder: Path, error: BaseException) -> CheckpointError:
-    return CheckpointError(
-        f"the checkpoint in {folder} cannot be read: {_cause(error)}",
-        fix="name an older checkpoint of the run in its `latest` file, or restore the missing files",
-    )
+def _describe(folder: Path, common: dict[str, object]) -> None:
+    """Write the two small files by which megatron-core knows a checkpoint of its own.
+
+    Here and not by megatron-core: an error of this one rank must reach the others.
+    """
+    try:
+        TorchCommonSaveStrategy("torch", 1).save_common(common, folder)
+        save_config(CheckpointingConfig(_BACKEND, _VERSION), str(folder))
+    except RuntimeError as error:  # torch's own words for a full disk
+        raise OSError(str(error)) from error
+
+
+def _files_of_rank(folder: Path, rank: int) -> list[Path]:
+    """Return the files that a rank wrote; rank 0 wrote the index, too."""
+    written = [path for path in folder.iterdir() if path.name.startswith(f"__{rank}_")]
+    if rank == 0:
+        written += [path for path in folder.iterdir() if not path.name.startswith("__")]
+    return sorted(written)

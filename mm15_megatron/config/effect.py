@@ -230,6 +230,11 @@ TABLE: tuple[Row, ...] = (
         lambda s: s.cfg.optimizer.name != "adamw",
     ),
     Row(
+        "faults.loss_spike_window faults.loss_spike_threshold",
+        "nothing looks for jumps (faults.loss_spike = off)",
+        lambda s: s.cfg.faults.loss_spike == "off",
+    ),
+    Row(
         "optimizer.decay_norms_and_biases",
         "nothing decays (optimizer.weight_decay = 0)",
         lambda s: s.cfg.optimizer.weight_decay == 0,

@@ -101,6 +101,15 @@ def _whole_parameters(config: RunConfig, world_size: int) -> None:
         )
 
 
+def _loss_spikes(config: RunConfig, world_size: int) -> None:
+    faults = config.faults
+    if faults.loss_spike != "off" and not 8 <= faults.loss_spike_window <= 10_000:
+        raise ConfigError(
+            f"faults.loss_spike_window = {faults.loss_spike_window} is not between 8 and 10000 steps",
+            fix="say over how many steps a loss is normal, or set faults.loss_spike=off",
+        )
+
+
 def _training_sources(config: RunConfig, world_size: int) -> None:
     if not config.data.sources:
         raise ConfigError(
@@ -137,7 +146,14 @@ def _init_from(config: RunConfig, world_size: int) -> None:
         )
 
 
-TRAINING_RULES: tuple[Rule, ...] = (_schedule, _something_trains, _whole_parameters, _sources, _data_units)
+TRAINING_RULES: tuple[Rule, ...] = (
+    _schedule,
+    _something_trains,
+    _whole_parameters,
+    _loss_spikes,
+    _sources,
+    _data_units,
+)
 LEFT_TO_THE_USER: tuple[Rule, ...] = (_training_sources, _tokenizer, _run_directory, _init_from)
 """What no preset can know."""
 DATA_RULES: tuple[Rule, ...] = (_sources, _data_units, _training_sources, _tokenizer)

@@ -18,6 +18,7 @@ __all__ = [
     "CheckpointConfig",
     "ConnectorConfig",
     "DataConfig",
+    "FaultConfig",
     "FreezeConfig",
     "KernelConfig",
     "LanguageConfig",
@@ -234,7 +235,36 @@ class CheckpointConfig:
         "a fresh start takes the weights alone of this checkpoint: a folder .../checkpoints/step_00001234, or a run "
         "directory, whose latest one is taken; empty = random weights",
     )
-    format: str = option("torch_dist", "checkpoint format", choices=("torch_dist",), flag="ckpt-format")
+    async_save: bool = option(
+        False,
+        "checkpoints are written by processes of their own while the training goes on; takes host memory for a copy of "
+        "what a rank writes",
+    )
+    format: str = option(
+        "torch_dist",
+        "how tensors are stored: torch_dist = megatron-core's; zarr = one array a tensor, for any zarr reader",
+        choices=("torch_dist", "zarr"),
+        flag="ckpt-format",
+    )
+
+
+@dataclass(frozen=True)
+class FaultConfig:
+    """What a run does when something goes wrong."""
+
+    max_skips_in_a_row: int = option(
+        20, "steps in a row refused for their loss or gradients before the run saves and stops; 0 = no limit"
+    )
+    loss_spike: str = option(
+        "report",
+        "a loss that jumps: off = nothing, report = a line in the log, skip = the step updates nothing, stop = the run "
+        "ends too, saved",
+        choices=("off", "report", "skip", "stop"),
+    )
+    loss_spike_window: int = option(100, "steps whose losses say what is normal")
+    loss_spike_threshold: float = option(
+        10.0, "deviations above their median that are a jump (1.48 median absolute deviations each)"
+    )
 
 
 @dataclass(frozen=True)
@@ -268,4 +298,5 @@ class RunConfig:
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    faults: FaultConfig = FaultConfig()
     logging: LoggingConfig = LoggingConfig()

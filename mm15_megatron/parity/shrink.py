@@ -130,9 +130,11 @@ def reference_config(cfg: RunConfig, *, device: str, dtype: str) -> RunConfig:
         "kernels.compile_fusions": False,
         "data.batch_unit": "rows",
         "train.rampup_batch_size": None,
-        "optimizer.adam_eps": max(cfg.optimizer.adam_eps, ADAM_EPS),
-        "optimizer.adafactor_eps": max(cfg.optimizer.adafactor_eps, ADAFACTOR_EPS),
     }
+    if cfg.optimizer.name == "adafactor":
+        values["optimizer.adafactor_eps"] = max(cfg.optimizer.adafactor_eps, ADAFACTOR_EPS)
+    else:
+        values["optimizer.adam_eps"] = max(cfg.optimizer.adam_eps, ADAM_EPS)
     return with_values(cfg, values)
 
 

@@ -15,7 +15,8 @@ import torch
 from megatron.core.distributed import DistributedDataParallel
 
 from mm15_megatron.batch import MMBatch
-from mm15_megatron.checkpoint.store import load_training, open_latest, save_checkpoint
+from mm15_megatron.checkpoint.save import save_checkpoint
+from mm15_megatron.checkpoint.store import load_training, open_latest
 from mm15_megatron.config.schema import RunConfig
 from mm15_megatron.errors import CheckpointError
 from mm15_megatron.models.build import build_chunks, check_replicas

@@ -15,8 +15,8 @@ For a matrix with gradient g in step t (from 1), b = 1 - t ** -decay_rate:
 
 A vector keeps its full second moment instead. Sources: Shazeer and Stern 2018 (arXiv 1804.04235); order and defaults
 are AXLearn's public language-model configuration, without scaling by the parameter's RMS, so that the learning rate is
-absolute (MM1.5's flags are unpublished). transformers' ``Adafactor(scale_parameter=False, relative_step=False)`` computes
-the same on whole matrices.
+absolute (MM1.5's flags are unpublished). On whole matrices transformers' Adafactor computes the same with
+``scale_parameter=False, relative_step=False``.
 
 R, C: rows and columns of the local tensor; M: matrices.
 """

@@ -16,6 +16,7 @@ from mm15_megatron.training.optimizer import learning_rates
 from mm15_megatron.training.run import Run
 from mm15_megatron.training.schedule import apply_schedule
 from mm15_megatron.training.signals import EXIT_INTERRUPTED, StopRequest
+from mm15_megatron.training.stability import EXIT_UNSTABLE
 from mm15_megatron.training.state import global_counts
 from mm15_megatron.training.step import StepOutput, train_step
 from mm15_megatron.training.validate import held_out_figures
@@ -43,7 +44,7 @@ class Taken:
 
 
 def run(training: Run, *, request: StopRequest) -> int:
-    """Train until the last step or a signal.
+    """Train until the last step or a signal, and wait until the last checkpoint is on disk.
 
     A signal is honoured before the next step, whether it came while the run was built, in a step, in a validation or
     in a save; a step is saved once, and a run that took no step saves nothing.
@@ -53,8 +54,15 @@ def run(training: Run, *, request: StopRequest) -> int:
         request: installed before the run was built.
 
     Returns:
-        0 when the last step is reached, EXIT_INTERRUPTED when a signal stopped the run and its last step is saved.
+        0 when the last step is reached, EXIT_INTERRUPTED when a signal stopped the run and its last step is saved,
+        EXIT_UNSTABLE when loss or gradients did (``faults``), saved too.
     """
+    code = _train(training, request)
+    training.saver.finish()
+    return code
+
+
+def _train(training: Run, request: StopRequest) -> int:
     cfg, steps, device = training.cfg, training.cfg.train.steps, training.topology.device
     if training.state.step >= steps:
         training.progress.line(f"nothing to do: the checkpoint has {training.state.step} of {steps} steps")
@@ -70,6 +78,7 @@ def run(training: Run, *, request: StopRequest) -> int:
             )
             return EXIT_INTERRUPTED
         taken = take_step(training)
+        training.saver.look()
         figures = step_figures(training, taken)
         if training.writer is not None and (
             _due(training.state.step, cfg.logging.log_interval) or training.state.step == steps
@@ -79,11 +88,27 @@ def run(training: Run, *, request: StopRequest) -> int:
         if held_out and _due(training.state.step, cfg.train.validation_interval) and not request.agreed(device=device):
             figures |= held_out_figures(training.parts, view=training.topology.view, opened=held_out)
         report(training, taken, figures)
+        if taken.output.verdict.stops:
+            return _stop_unstable(training, taken.output)
         if training.state.step == steps or _due(training.state.step, cfg.checkpoint.save_interval):
             training.save()
             saved_step = training.state.step
     training.progress.line(training.ledger_text())
     return 0
+
+
+def _stop_unstable(training: Run, output: StepOutput) -> int:
+    """Save the weights as the last good step left them, and say what to do."""
+    training.save()
+    refused = training.state.course.refused
+    training.progress.line(training.ledger_text())
+    training.progress.line(
+        f"stopped after step {training.state.step}: {output.verdict.problem}; {refused} steps in a row were refused "
+        f"(faults.max_skips_in_a_row = {training.cfg.faults.max_skips_in_a_row}, faults.loss_spike = "
+        f"{training.cfg.faults.loss_spike}). The weights are those of step {training.state.step - refused}, saved; "
+        "the same command goes on behind the refused rows"
+    )
+    return EXIT_UNSTABLE
 
 
 def take_step(training: Run) -> Taken:
@@ -98,7 +123,12 @@ def take_step(training: Run) -> Taken:
     factor = apply_schedule(training.parts.optimizer, training.cfg, step=state.step + 1)
     training.feed.rows.clear()
     waited, started = loader.wait_seconds, time.perf_counter()
-    output = train_step(training.parts, training.feed, num_microbatches=shape.micro_batches)
+    output = train_step(
+        training.parts,
+        training.feed,
+        num_microbatches=shape.micro_batches,
+        judge=lambda loss, norm: state.course.judge(loss=loss, grad_norm=norm, faults=training.cfg.faults),
+    )
     wait = torch.tensor(loader.wait_seconds - waited, dtype=torch.float64, device=topology.device)
     torch.distributed.all_reduce(wait, op=torch.distributed.ReduceOp.MAX)
     longest = float(wait.item())  # waits for the device, which otherwise still runs the optimizer
@@ -106,7 +136,10 @@ def take_step(training: Run) -> Taken:
     sources = state.ledger.sources
     counts = global_counts(training.feed.rows, sources=sources, topology=topology)
     loss = np.array(output.by_source, dtype=np.float64).reshape(sources, 2)
-    training.state = state.after(counts, loss=loss, units=shape.units, applied=output.applied)
+    course = state.course  # a batch without targets says nothing about it
+    if output.targets:
+        course = course.after(output.loss, output.verdict, faults=training.cfg.faults)
+    training.state = state.after(counts, loss=loss, units=shape.units, applied=output.applied, course=course)
     return Taken(output, counts, shape, factor, seconds, wait=longest)
 
 
@@ -188,8 +221,9 @@ def report(training: Run, taken: Taken, figures: dict[str, float | int | None]) 
     """Write the figures of a step, and show them when a line is due."""
     if training.writer is not None:
         training.writer.write(training.state.step, figures)
-    if not taken.output.applied:
-        training.progress.line(f"step {training.state.step} updated nothing: {_reason(taken.output)}")
+    if problem := taken.output.verdict.problem:
+        what = "" if taken.output.applied else " updated nothing"
+        training.progress.line(f"step {training.state.step}{what}: {problem}")
     if "validation/loss" in figures:
         training.progress.line(
             f"step {training.state.step} held-out loss {figures['validation/loss']:.4f} "
@@ -197,12 +231,6 @@ def report(training: Run, taken: Taken, figures: dict[str, float | int | None]) 
         )
     if _due(training.state.step, training.cfg.logging.log_interval) or training.state.step == training.cfg.train.steps:
         training.progress.update(training.state.step, _summary(training, taken, figures))
-
-
-def _reason(output: StepOutput) -> str:
-    if not output.targets:
-        return "no row of its batch has a target, so its loss is not a number"
-    return f"loss {output.loss}, gradient norm {output.grad_norm}"
 
 
 def _summary(training: Run, taken: Taken, figures: dict[str, float | int | None]) -> str:

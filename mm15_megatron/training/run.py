@@ -12,7 +12,7 @@ from megatron.core.distributed import DistributedDataParallel
 
 from mm15_megatron.batch import MMBatch, RowRecord
 from mm15_megatron.checkpoint.start import start_from
-from mm15_megatron.checkpoint.store import load_training, save_checkpoint
+from mm15_megatron.checkpoint.store import load_training
 from mm15_megatron.config.schema import RunConfig
 from mm15_megatron.data.ledger import Ledger, ledger_text
 from mm15_megatron.data.loader import Loader, build_loader
@@ -24,6 +24,7 @@ from mm15_megatron.parallel.seeds import seed_everything
 from mm15_megatron.parallel.topology import Topology, build_topology, close_topology
 from mm15_megatron.training.optimizer import build_optimizer, wrap_chunks
 from mm15_megatron.training.resume import check_same_data, choose_checkpoint, choose_start, resume_block
+from mm15_megatron.training.saver import Saver
 from mm15_megatron.training.startup import peak_tflops, startup_screen
 from mm15_megatron.training.state import TrainState
 from mm15_megatron.training.step import StepParts
@@ -63,6 +64,7 @@ class Run:
         peak: dense peak of one device, TFLOP/s; None = unknown.
         progress: what a person sees (rank 0).
         writer: TensorBoard and JSONL (rank 0 alone).
+        saver: writes checkpoints.
     """
 
     cfg: RunConfig
@@ -72,6 +74,7 @@ class Run:
     peak: float | None
     progress: Progress
     writer: MetricsWriter | None
+    saver: Saver
 
     @property
     def topology(self) -> Topology:
@@ -148,7 +151,8 @@ class Run:
         progress.line(decision)
         if writer is not None and writer.dropped:
             progress.line(f"  metrics            {writer.dropped} records after step {state.step} dropped, taken again")
-        return cls(cfg, parts, feed, state, peak_tflops(cfg, device=parts.topology.device), progress, writer)
+        saver = Saver.open(parts, progress=progress, stack=stack)
+        return cls(cfg, parts, feed, state, peak_tflops(cfg, device=parts.topology.device), progress, writer, saver)
 
     def ledger_text(self) -> str:
         """Return the ledger for people."""
@@ -156,19 +160,10 @@ class Run:
         return ledger_text(self.state.ledger, seen, seq_length=self.cfg.data.seq_length)
 
     def save(self) -> None:
-        """Publish a checkpoint of the current step (every rank must call)."""
+        """Save the current step (every rank must call)."""
         position = self.feed.loader.consumed
         assert position == self.state.consumed, f"loader at {position}, run at {self.state.consumed}"
-        folder = save_checkpoint(
-            self.cfg,
-            self.parts.chunks,
-            self.parts.optimizer,
-            topology=self.topology,
-            step=self.state.step,
-            data_digest=self.feed.loader.digest,
-            progress=self.state.as_dict(),
-        )
-        self.progress.line(f"saved {folder}")
+        self.saver.save(self.state, data_digest=self.feed.loader.digest)
 
 
 def _with_ledger(stored: TrainState | None, loader: Loader) -> TrainState:

@@ -14,6 +14,7 @@ from mm15_megatron.batch import RowRecord
 from mm15_megatron.data.ledger import Ledger, count_rows
 from mm15_megatron.errors import CheckpointError
 from mm15_megatron.parallel.topology import Topology
+from mm15_megatron.training.stability import Course
 
 Int64 = npt.NDArray[np.int64]
 Float64 = npt.NDArray[np.float64]
@@ -29,19 +30,21 @@ class TrainState:
             the data resumes.
         skipped_steps: steps that updated nothing: loss or gradients were not finite, or no row had a target.
         ledger: what the consumed rows held.
+        course: the last losses, by which the next one is judged.
     """
 
     step: int
     consumed: int
     skipped_steps: int
     ledger: Ledger
+    course: Course = Course()
 
     @classmethod
     def start(cls, ledger: Ledger) -> TrainState:
         """Return the state of a run that has taken no step."""
         return cls(0, 0, 0, ledger)
 
-    def after(self, counts: Int64, *, loss: Float64, units: int, applied: bool) -> TrainState:
+    def after(self, counts: Int64, *, loss: Float64, units: int, applied: bool, course: Course) -> TrainState:
         """Return the state after one more step.
 
         Args:
@@ -49,12 +52,14 @@ class TrainState:
             loss: float64 [sources, 2], weighted sum of the losses of each source and sum of the weights.
             units: rows or samples that it consumed.
             applied: whether it updated the weights.
+            course: the last losses, its own included.
         """
         return TrainState(
             step=self.step + 1,
             consumed=self.consumed + units,
             skipped_steps=self.skipped_steps + (not applied),
             ledger=self.ledger.after(counts, loss=loss),
+            course=course,
         )
 
     def as_dict(self) -> dict[str, Any]:
@@ -64,6 +69,7 @@ class TrainState:
             "consumed": self.consumed,
             "skipped_steps": self.skipped_steps,
             "ledger": self.ledger.as_dict(),
+            "course": self.course.as_dict(),
         }
 
     @staticmethod
@@ -74,13 +80,20 @@ class TrainState:
             CheckpointError: a counter is missing, unknown or no whole number, or the ledger cannot be read.
         """
         names = {"step", "consumed", "skipped_steps"}
-        counters = {name: value for name, value in values.items() if name != "ledger"}
+        counters = {name: value for name, value in values.items() if name not in ("ledger", "course")}
         if counters.keys() != names or not all(type(value) is int for value in counters.values()):
             raise CheckpointError(
                 f"the run's counters are {counters}, expected whole numbers for {sorted(names)}",
                 fix="restore state.json of the checkpoint, or name another one in `latest`",
             )
-        return TrainState(**counters, ledger=Ledger.from_dict(values.get("ledger", {})))
+        try:
+            course = Course.from_dict(values["course"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(
+                f"the last losses of the run cannot be read: {type(error).__name__}: {error}",
+                fix="restore state.json of the checkpoint, or name another one in `latest`",
+            ) from error
+        return TrainState(**counters, ledger=Ledger.from_dict(values.get("ledger", {})), course=course)
 
 
 def global_counts(rows: Iterable[RowRecord], *, sources: int, topology: Topology) -> Int64:

@@ -31,6 +31,7 @@ from mm15_megatron.parallel.topology import Topology
 from mm15_megatron.training.cuda_graphs import LayerGraphs
 from mm15_megatron.training.losses import LossKernels, loss_kernels, target_losses, vocabulary_shard
 from mm15_megatron.training.router_figures import RouterFigures, begin_step, router_figures, router_totals
+from mm15_megatron.training.stability import WITHOUT_TARGETS, Judge, Verdict, finite
 
 _WHOLE: Final = 3  # sums over all tokens, in front of those of the sources
 
@@ -97,7 +98,8 @@ class StepOutput:
         z_loss: mean of logsumexp ** 2, before its coefficient.
         targets: sum of target weights.
         grad_norm: global gradient norm before clipping.
-        applied: False when nothing was updated: loss or gradients were not finite, or there was no target.
+        applied: whether the weights were updated.
+        verdict: why not, or what else was seen in the numbers.
         router: what the routers of each sparse layer did; empty for a dense model.
         by_source: (weighted sum of token losses, sum of weights) of each source of the mixture.
     """
@@ -107,6 +109,7 @@ class StepOutput:
     targets: float
     grad_norm: float
     applied: bool
+    verdict: Verdict
     router: tuple[RouterFigures, ...] = ()
     by_source: tuple[tuple[float, float], ...] = ()
 
@@ -133,7 +136,9 @@ class _Sums:
             by_source_S2.index_add_(0, sources_T, per_token_3T[::2].T.double())
 
 
-def train_step(parts: StepParts, batches: Iterator[MMBatch], *, num_microbatches: int) -> StepOutput:
+def train_step(
+    parts: StepParts, batches: Iterator[MMBatch], *, num_microbatches: int, judge: Judge = finite
+) -> StepOutput:
     """Run forward, backward and the optimizer on one global batch.
 
     A batch without any target updates nothing: its gradients are zero, but momentum and weight decay would still move
@@ -143,6 +148,7 @@ def train_step(parts: StepParts, batches: Iterator[MMBatch], *, num_microbatches
         parts: model, optimizer and groups.
         batches: this rank's micro-batches; ``num_microbatches`` of them are taken.
         num_microbatches: micro-batches of this step on every rank.
+        judge: takes loss and gradient norm and says whether they may update the weights.
     """
     optimizer = parts.optimizer
     assert optimizer is not None, "a training step needs an optimizer"
@@ -156,10 +162,16 @@ def train_step(parts: StepParts, batches: Iterator[MMBatch], *, num_microbatches
     squared_norm = squared_gradient_norm(optimizer, device=parts.topology.device)
     square, *values = torch.cat((squared_norm.double()[None], figures)).tolist()  # the step's read of the device
     sums, grad_norm = _loss_sums(values, parts.cfg), math.sqrt(square)
-    applied = _update(optimizer, grad_norm, allowed=not overflow and math.isfinite(sums.loss))
-    z_loss = sums.squared_lse / sums.weight if sums.weight else math.nan
+    verdict = judge(sums.loss, grad_norm) if sums.weight else WITHOUT_TARGETS
     return StepOutput(
-        sums.loss, z_loss, sums.weight, grad_norm, applied=applied, router=sums.router, by_source=sums.by_source
+        loss=sums.loss,
+        z_loss=sums.squared_lse / sums.weight if sums.weight else math.nan,
+        targets=sums.weight,
+        grad_norm=grad_norm,
+        applied=_update(optimizer, grad_norm, allowed=verdict.updates and not overflow),
+        verdict=verdict,
+        router=sums.router,
+        by_source=sums.by_source,
     )
 
 

@@ -22,6 +22,13 @@ def launched_rank() -> int:
     return next((int(rank) for rank in said if rank.isdigit()), 0)
 
 
+def gathered_objects(mine: T) -> list[T]:
+    """Return what every rank gave, in the order of ranks, on every rank (picklable values)."""
+    shares: list[T | None] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(shares, mine)
+    return shares  # type: ignore[return-value]
+
+
 def on_rank_zero(action: Callable[[], T]) -> T:
     """Run ``action`` on rank 0 while the others wait; every rank returns its result or raises its error.
 

@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 
 from mm15_megatron.checkpoint.publish import begin, checkpoints_folder, publish
+from mm15_megatron.checkpoint.save import save_checkpoint
 from mm15_megatron.checkpoint.store import (
     FORMAT_VERSION,
     check_same_model,
     model_differences,
     open_checkpoint,
     open_latest,
-    save_checkpoint,
 )
 from mm15_megatron.config.dump import dump_flat
 from mm15_megatron.config.schema import RunConfig

@@ -11,7 +11,8 @@ import pytest
 from mm15_megatron.checkpoint import schema
 from mm15_megatron.checkpoint.optimizer_state import Piece, get_step
 from mm15_megatron.checkpoint.publish import checkpoints_folder
-from mm15_megatron.checkpoint.store import load_training, load_weights, open_checkpoint, open_latest, save_checkpoint
+from mm15_megatron.checkpoint.save import save_checkpoint
+from mm15_megatron.checkpoint.store import load_training, load_weights, open_checkpoint, open_latest
 from mm15_megatron.checkpoint.torch_dist import load_tensors, stored_shapes
 from mm15_megatron.config.schema import RunConfig
 from mm15_megatron.parallel.topology import close_topology
@@ -223,7 +224,9 @@ def test_damaged_tensors_are_refused(tmp_path: Path) -> None:
     run_on_ranks(_train_and_save, 1, cfg=_in(tmp_path, ONE))
     (file,) = checkpoints_folder(tmp_path).glob("step_*/tensors/*.distcp")
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-    with pytest.raises(RankFailure, match="CheckpointError: the checkpoint in .* cannot be read"):
+    with pytest.raises(
+        RankFailure, match=r"CheckpointError: .* is damaged: tensors/__0_0\.distcp has \d+ bytes instead"
+    ):
         run_on_ranks(_resume, 2, cfg=_in(tmp_path, MATRIX["dp2"]), run_dirs={"one": str(tmp_path)})
 
 

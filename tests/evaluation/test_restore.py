@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mm15_megatron.checkpoint.store import save_checkpoint
+from mm15_megatron.checkpoint.save import save_checkpoint
 from mm15_megatron.config.parse import apply_overrides
 from mm15_megatron.config.schema import RunConfig
 from mm15_megatron.evaluation.generate import Generator, Prompt

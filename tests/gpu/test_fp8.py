@@ -9,7 +9,8 @@ import pytest
 import torch
 from megatron.core.fp8_utils import is_float8tensor
 
-from mm15_megatron.checkpoint.store import load_training, open_checkpoint, save_checkpoint
+from mm15_megatron.checkpoint.save import save_checkpoint
+from mm15_megatron.checkpoint.store import load_training, open_checkpoint
 from mm15_megatron.config.rules_precision import fp8_alignment
 from mm15_megatron.config.schema import RunConfig
 from mm15_megatron.config.validate import validate

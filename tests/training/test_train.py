@@ -190,7 +190,7 @@ def test_other_data_is_found_before_the_checkpoint_is_read(arguments: Arguments,
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_00000003" / "tensors")
     with pytest.raises(RankFailure, match="the order of the training data is not the checkpoint's"):
         run_arguments(arguments("train.steps=4", "train.seed=5"))
-    with pytest.raises(RankFailure, match="step_00000003/tensors"):
+    with pytest.raises(RankFailure, match="step_00000003 is damaged: tensors/"):
         run_arguments(arguments("train.steps=4"))
 
 

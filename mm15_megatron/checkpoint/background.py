@@ -1,0 +1,252 @@
+"""Write checkpoints while the training goes on: in a process of its own beside each rank, spawned once, never forked.
+
+A snapshot is copied into memory that both processes see, and the training goes on; the processes beside the ranks have
+a process group of their own and take the snapshot to disk exactly as the ranks themselves would (``save.py``): they
+write, prove, publish and move the tracker. One snapshot is on its way at a time.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from multiprocessing import parent_process
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+import torch
+import torch.multiprocessing
+from megatron.core.dist_checkpointing import ShardedTensor
+
+from mm15_megatron.checkpoint.save import Snapshot, write_snapshot
+from mm15_megatron.errors import CheckpointError
+from mm15_megatron.parallel import cpu_emulation
+from mm15_megatron.parallel.rendezvous import Rendezvous
+from mm15_megatron.utils.ranks import on_rank_zero
+
+_ALIGNMENT = 64
+
+Prepare = Callable[[], None]
+
+
+class GivenUp(CheckpointError):
+    """A snapshot was not written because another rank's was not."""
+
+
+@dataclass(frozen=True)
+class Written:
+    """What became of a snapshot.
+
+    Attributes:
+        step: its step.
+        folder: where it was published; "" if it was not.
+        seconds: from the snapshot to a tracked checkpoint.
+        error: why it was not published; None if it was.
+    """
+
+    step: int
+    folder: str
+    seconds: float
+    error: CheckpointError | None = None
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a tensor lies in the shared memory."""
+
+    first: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A snapshot whose tensors lie in shared memory.
+
+    Attributes:
+        snapshot: without the data of its tensors.
+        places: by key.
+        memory: the shared memory; None = as for the job before.
+    """
+
+    snapshot: Snapshot
+    places: Mapping[str, _Place]
+    memory: torch.Tensor | None
+
+
+@dataclass(frozen=True)
+class _Meeting:
+    """Where the processes beside the ranks meet."""
+
+    host: str
+    port: int
+    rank: int
+    world_size: int
+    timeout: timedelta
+
+
+class BackgroundWriter:
+    """This rank's end of the process beside it (every rank must make one, together).
+
+    Args:
+        place: where this rank stands in the job.
+        timeout_minutes: a collective of the writers that waits longer ends the save.
+        prepare: called in the new process before it serves; picklable.
+    """
+
+    def __init__(self, place: Rendezvous, *, timeout_minutes: int, prepare: Prepare | None = None) -> None:
+        timeout = timedelta(minutes=timeout_minutes)
+        host = "127.0.0.1" if place.local_world_size == place.world_size else on_rank_zero(socket.gethostname)
+        self._store = None
+        if place.rank == 0:
+            self._store = torch.distributed.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=timeout)
+        port = on_rank_zero(lambda: self._store.port if self._store is not None else 0)
+        context = torch.multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        meeting = _Meeting(host, port, place.rank, place.world_size, timeout)
+        self._process = context.Process(target=_serve, args=(theirs, meeting, prepare), daemon=True)
+        self._process.start()
+        theirs.close()
+        self._memory = torch.empty(0, dtype=torch.uint8)
+        self._began = 0.0
+        self._step: int | None = None
+
+    @property
+    def busy(self) -> bool:
+        """Whether a snapshot is on its way."""
+        return self._step is not None
+
+    @property
+    def ready(self) -> bool:
+        """Whether it is known what became of the snapshot."""
+        return self.busy and bool(wait([self._pipe, self._process.sentinel], timeout=0.0))
+
+    def submit(self, snapshot: Snapshot) -> None:
+        """Copy a snapshot and send it on its way; the live tensors may change afterwards."""
+        assert not self.busy, "one snapshot at a time"
+        self._began, self._step = time.monotonic(), snapshot.step
+        places = _places(snapshot.tensors)
+        size = max((place.first + _bytes(place) for place in places.values()), default=0)
+        grown = size > len(self._memory)
+        if grown:
+            self._memory = torch.empty(size, dtype=torch.uint8).share_memory_()
+        for key, place in places.items():
+            _view(self._memory, place).copy_(snapshot.tensors[key].data)
+        bare = {key: tensor.without_data() for key, tensor in snapshot.tensors.items()}
+        try:
+            self._pipe.send(_Job(replace(snapshot, tensors=bare), places, self._memory if grown else None))
+        except OSError:
+            pass  # the process is gone: ``result`` says so
+
+    def result(self) -> Written:
+        """Wait for the snapshot to arrive, and return what became of it."""
+        assert self._step is not None, "no snapshot is on its way"
+        wait([self._pipe, self._process.sentinel])
+        step, self._step = self._step, None
+        took = time.monotonic() - self._began
+        try:
+            if self._pipe.poll():
+                outcome: str | CheckpointError = self._pipe.recv()
+                if isinstance(outcome, CheckpointError):
+                    return Written(step, "", took, outcome)
+                return Written(step, outcome, took)
+        except (EOFError, OSError):
+            pass
+        self._process.join()
+        error = CheckpointError(
+            f"the process that wrote the checkpoint of step {step} ended with {self._process.exitcode}",
+            fix="look for what killed it (memory of the machine?); the previous checkpoint is untouched",
+        )
+        return Written(step, "", took, error)
+
+    def close(self) -> None:
+        """End the process, whatever it does."""
+        self._pipe.close()
+        self._process.join(timeout=0.0 if self.busy else 10.0)
+        if self._process.is_alive():
+            self._process.kill()
+            self._process.join()
+
+
+def _places(tensors: Mapping[str, ShardedTensor]) -> dict[str, _Place]:
+    places, first = {}, 0
+    for key, tensor in tensors.items():
+        places[key] = _Place(first, tensor.data.dtype, tuple(tensor.data.shape))
+        first += -(-_bytes(places[key]) // _ALIGNMENT) * _ALIGNMENT
+    return places
+
+
+def _bytes(place: _Place) -> int:
+    return place.dtype.itemsize * torch.Size(place.shape).numel()
+
+
+def _view(memory: torch.Tensor, place: _Place) -> torch.Tensor:
+    return memory[place.first : place.first + _bytes(place)].view(place.dtype).view(place.shape)
+
+
+# --- The process beside a rank
+
+
+def _serve(pipe: Connection[Any, Any], meeting: _Meeting, prepare: Prepare | None) -> None:
+    """Write one snapshot after the other until the rank closes its end or is gone."""
+    # what stops a run reaches the rank, which finishes what is on its way
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=_leave_with_parent, daemon=True).start()
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the device is the rank's; all that is written is in host memory
+    cpu_emulation.install()
+    torch.set_num_threads(1)
+    if prepare is not None:
+        prepare()
+    alone = _meet(meeting)
+    memory = torch.empty(0, dtype=torch.uint8)
+    while True:
+        try:
+            job: _Job = pipe.recv()
+        except (EOFError, OSError):
+            return
+        memory = memory if job.memory is None else job.memory
+        pipe.send(_write(job, memory) if alone is None else alone)
+
+
+def _meet(meeting: _Meeting) -> GivenUp | None:
+    """Join the other writers; return why that was not possible."""
+    try:
+        store = torch.distributed.TCPStore(meeting.host, meeting.port, is_master=False, timeout=meeting.timeout)
+        torch.distributed.init_process_group(
+            "gloo", store=store, rank=meeting.rank, world_size=meeting.world_size, timeout=meeting.timeout
+        )
+    except RuntimeError as error:
+        return GivenUp(
+            f"the processes that write checkpoints could not meet at {meeting.host}: {error}",
+            fix="another rank's report may say why; or set checkpoint.async_save=false",
+        )
+    return None
+
+
+def _write(job: _Job, memory: torch.Tensor) -> str | CheckpointError:
+    tensors = {
+        key: replace(tensor, data=_view(memory, job.places[key])) for key, tensor in job.snapshot.tensors.items()
+    }
+    try:
+        return str(write_snapshot(replace(job.snapshot, tensors=tensors)))
+    except CheckpointError as error:
+        return error
+    except RuntimeError as error:  # a neighbour is gone
+        return GivenUp(
+            f"the checkpoint of step {job.snapshot.step} was given up: {error}",
+            fix="another rank's report says why; the previous checkpoint is untouched",
+        )
+
+
+def _leave_with_parent() -> None:
+    """End when the rank is gone, even in the middle of a collective."""
+    parent = parent_process()
+    assert parent is not None
+    wait([parent.sentinel])
+    os._exit(1)

@@ -1,0 +1,99 @@
+"""Checkpoints of a run: written while it waits, or while it goes on."""
+
+from __future__ import annotations
+
+import time
+from contextlib import ExitStack
+
+import torch
+
+from mm15_megatron.checkpoint.background import BackgroundWriter, GivenUp
+from mm15_megatron.checkpoint.save import take_snapshot, write_snapshot
+from mm15_megatron.errors import CheckpointError
+from mm15_megatron.training.state import TrainState
+from mm15_megatron.training.step import StepParts
+from mm15_megatron.utils.progress import Progress
+from mm15_megatron.utils.ranks import gathered_objects
+
+
+class Saver:
+    """Saves a run; says that a checkpoint is saved once it is on disk, proven and tracked, not before.
+
+    Every rank must make each call, in the same order.
+
+    Args:
+        parts: model, optimizer and groups.
+        progress: what a person sees.
+        background: writes beside the training; None = the run waits.
+    """
+
+    def __init__(self, parts: StepParts, *, progress: Progress, background: BackgroundWriter | None) -> None:
+        self._parts = parts
+        self._progress = progress
+        self._background = background
+
+    @classmethod
+    def open(cls, parts: StepParts, *, progress: Progress, stack: ExitStack) -> Saver:
+        """Make the saver that ``checkpoint.async_save`` wants."""
+        background = None
+        if parts.cfg.checkpoint.async_save:
+            timeout = parts.cfg.parallel.distributed_timeout_minutes
+            background = BackgroundWriter(parts.topology.place, timeout_minutes=timeout)
+            stack.callback(background.close)
+        return cls(parts, progress=progress, background=background)
+
+    def save(self, state: TrainState, *, data_digest: str) -> None:
+        """Save the run as it stands; in the background, once the save before has arrived.
+
+        Raises:
+            CheckpointError: it could not be written, or the one before could not.
+        """
+        self.finish()
+        began = time.monotonic()
+        parts = self._parts
+        assert parts.optimizer is not None, "a run has an optimizer"
+        snapshot = take_snapshot(
+            parts.cfg,
+            parts.chunks,
+            parts.optimizer,
+            topology=parts.topology,
+            step=state.step,
+            data_digest=data_digest,
+            progress=state.as_dict(),
+        )
+        if self._background is None:
+            self._tell(str(write_snapshot(snapshot)), time.monotonic() - began)
+            return
+        self._background.submit(snapshot)
+        self._progress.line(f"step {state.step} copied in {time.monotonic() - began:.2f} s, on its way to disk")
+
+    def look(self) -> None:
+        """Between two steps: tell of a save that has arrived everywhere.
+
+        Raises:
+            CheckpointError: it could not be written.
+        """
+        if self._background is None or not self._background.busy:
+            return
+        arrived = torch.tensor(int(self._background.ready), device=self._parts.topology.device)
+        torch.distributed.all_reduce(arrived, op=torch.distributed.ReduceOp.MIN)
+        if arrived.item():
+            self.finish()
+
+    def finish(self) -> None:
+        """Wait for a save that is on its way, and tell of it.
+
+        Raises:
+            CheckpointError: it could not be written.
+        """
+        if self._background is None or not self._background.busy:
+            return
+        written = gathered_objects(self._background.result())
+        errors = [(rank, one.error) for rank, one in enumerate(written) if one.error is not None]
+        if errors:
+            rank, error = min(errors, key=lambda found: isinstance(found[1], GivenUp))  # the cause before its effects
+            raise CheckpointError(f"rank {rank}: {error.problem}", fix=error.fix)
+        self._tell(written[0].folder, max(one.seconds for one in written))
+
+    def _tell(self, folder: str, seconds: float) -> None:
+        self._progress.line(f"saved {folder} ({seconds:.1f} s until it was on disk, proven and tracked)")
