@@ -101,7 +101,9 @@ class BackgroundWriter:
 
     def __init__(self, place: Rendezvous, *, timeout_minutes: int, prepare: Prepare | None = None) -> None:
         timeout = timedelta(minutes=timeout_minutes)
-        host = "127.0.0.1" if place.local_world_size == place.world_size else on_rank_zero(socket.gethostname)
+        # as the ranks met: under torchrun and in sbatch scripts MASTER_ADDR is rank 0's host
+        named = os.environ.get("MASTER_ADDR") or socket.gethostname()
+        host = on_rank_zero(lambda: "127.0.0.1" if place.local_world_size == place.world_size else named)
         self._store = None
         if place.rank == 0:
             self._store = torch.distributed.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=timeout)

@@ -89,7 +89,8 @@ def take_snapshot(
         "layout": {"world_size": topology.place.world_size, **asdict(cfg.parallel)},
         "versions": {name: version(name) for name in ("torch", "megatron-core")},
     }
-    return Snapshot(cfg, step, meta, state.tensors, take_samples(chunks, optimizer, round_number=step))
+    samples = take_samples(chunks, optimizer, round_number=step // max(1, cfg.checkpoint.save_interval))
+    return Snapshot(cfg, step, meta, state.tensors, samples)
 
 
 def write_snapshot(snapshot: Snapshot) -> Path:
