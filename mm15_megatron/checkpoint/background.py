@@ -13,6 +13,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from multiprocessing import parent_process
@@ -140,10 +141,8 @@ class BackgroundWriter:
         for key, place in places.items():
             _view(self._memory, place).copy_(snapshot.tensors[key].data)
         bare = {key: tensor.without_data() for key, tensor in snapshot.tensors.items()}
-        try:
+        with suppress(OSError):  # the process is gone: ``result`` sees that it ended, and with what
             self._pipe.send(_Job(replace(snapshot, tensors=bare), places, self._memory if grown else None))
-        except OSError:
-            pass  # the process is gone: ``result`` says so
 
     def result(self) -> Written:
         """Wait for the snapshot to arrive, and return what became of it."""

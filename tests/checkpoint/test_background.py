@@ -21,10 +21,11 @@ from mm15_megatron.config.schema import RunConfig
 from mm15_megatron.parallel.topology import close_topology
 from mm15_megatron.parity.layouts import parse_layout
 from mm15_megatron.parity.ranks import RankFailure, run_on_ranks
-from mm15_megatron.parity.trace import build_parts, micro_batches
-from mm15_megatron.training.step import StepParts, train_step
+from mm15_megatron.parity.trace import build_parts
+from mm15_megatron.training.step import StepParts
 
 from ..helpers.layouts import change, debug_config
+from ..helpers.steps import train_steps
 
 TP2DP2 = parse_layout("tp2dp2-distopt")
 AFTER = 5
@@ -33,16 +34,6 @@ PATIENCE = 30.0
 
 def _config(run_dir: Path, **checkpoint: object) -> RunConfig:
     return change(debug_config(), train={"run_dir": str(run_dir)}, checkpoint=checkpoint)
-
-
-def _steps(parts: StepParts, first: int, count: int) -> list[tuple[float, float]]:
-    train, found = parts.cfg.train, []
-    rounds = train.global_batch_size // train.micro_batch_size // parts.topology.data_size
-    for step in range(first, first + count):
-        output = train_step(parts, micro_batches(parts.cfg, parts.topology, step=step), num_microbatches=rounds)
-        assert output.applied
-        found.append((output.loss, output.grad_norm))
-    return found
 
 
 def _arguments(parts: StepParts, step: int) -> dict[str, object]:
@@ -60,11 +51,11 @@ def _save_while_training(cfg: RunConfig) -> tuple[list[tuple[float, float]], lis
     """Two saves in the background, with steps behind each; what the uninterrupted run shows after the first."""
     parts = build_parts(cfg)
     writer = _writer(parts)
-    _steps(parts, 0, 2)
+    train_steps(parts, 0, 2)
     written, figures = [], []
     for step in (2, 2 + AFTER):
         writer.submit(take_snapshot(cfg, parts.chunks, parts.optimizer, **_arguments(parts, step)))
-        figures += _steps(parts, step, AFTER)
+        figures += train_steps(parts, step, AFTER)
         written.append(writer.result())
     writer.close()
     close_topology()
@@ -75,7 +66,7 @@ def _resume(cfg: RunConfig, step: int) -> list[tuple[float, float]]:
     parts = build_parts(cfg)
     folder = checkpoints_folder(cfg.train.run_dir) / f"step_{step:08}"
     load_training(open_checkpoint(folder), cfg, parts.chunks, parts.optimizer)
-    found = _steps(parts, step, AFTER)
+    found = train_steps(parts, step, AFTER)
     close_topology()
     return found
 
@@ -147,7 +138,7 @@ def _train_with_dying_writer(cfg: RunConfig, phase: str) -> list[str]:
     writer = _writer(parts, functools.partial(_die_at, phase) if parts.topology.place.rank == 0 else None)
     told = []
     for step in (1, 2):
-        _steps(parts, step - 1, 1)
+        train_steps(parts, step - 1, 1)
         writer.submit(take_snapshot(cfg, parts.chunks, parts.optimizer, **_arguments(parts, step)))
         written = writer.result()
         told.append("" if written.error is None else str(written.error))
@@ -175,7 +166,7 @@ def test_a_writer_that_is_killed(phase: str, tmp_path: Path) -> None:
 
 def _save_once(cfg: RunConfig) -> None:
     parts = build_parts(cfg)
-    _steps(parts, 0, 3)
+    train_steps(parts, 0, 3)
     save_checkpoint(cfg, parts.chunks, parts.optimizer, **_arguments(parts, 3))
     close_topology()
 
@@ -183,7 +174,7 @@ def _save_once(cfg: RunConfig) -> None:
 def _kill_rank_while_writing(cfg: RunConfig, notes: str) -> None:
     parts = build_parts(cfg)
     writer = _writer(parts, functools.partial(_sleep_in_proof, notes))
-    _steps(parts, 0, 1)
+    train_steps(parts, 0, 1)
     writer.submit(take_snapshot(cfg, parts.chunks, parts.optimizer, **_arguments(parts, 1)))
     while len(list(Path(notes).iterdir())) < parts.topology.place.world_size:
         time.sleep(0.05)

@@ -19,28 +19,19 @@ from mm15_megatron.errors import CheckpointError
 from mm15_megatron.parallel.topology import close_topology
 from mm15_megatron.parity.layouts import parse_layout
 from mm15_megatron.parity.ranks import RankFailure, run_on_ranks
-from mm15_megatron.parity.trace import build_parts, gathered, micro_batches
-from mm15_megatron.training.step import StepParts, train_step
+from mm15_megatron.parity.trace import build_parts, gathered
 
 from ..helpers.layouts import change, debug_config
+from ..helpers.steps import train_steps
 
 BEFORE, AFTER = 3, 5
 ADAFACTOR = {"name": "adafactor", "weight_decay": 1e-3}
 
 
-def _steps(parts: StepParts, first: int, count: int) -> list[tuple[float, float]]:
-    train, found = parts.cfg.train, []
-    rounds = train.global_batch_size // train.micro_batch_size // parts.topology.data_size
-    for step in range(first, first + count):
-        output = train_step(parts, micro_batches(parts.cfg, parts.topology, step=step), num_microbatches=rounds)
-        found.append((output.loss, output.grad_norm))
-    return found
-
-
 def _save_in_both(cfg: RunConfig) -> dict[str, torch.Tensor]:
     """Train, save the same state in both formats; whole parameters on the ranks that speak for them."""
     parts = build_parts(cfg)
-    _steps(parts, 0, BEFORE)
+    train_steps(parts, 0, BEFORE)
     for name in ("torch_dist", "zarr"):
         run_dir = f"{cfg.train.run_dir}/{name}"
         save_checkpoint(
@@ -60,7 +51,7 @@ def _save_in_both(cfg: RunConfig) -> dict[str, torch.Tensor]:
 def _resume(cfg: RunConfig, folder: str) -> list[tuple[float, float]]:
     parts = build_parts(cfg)
     load_training(open_checkpoint(Path(folder)), cfg, parts.chunks, parts.optimizer)
-    found = _steps(parts, BEFORE, AFTER)
+    found = train_steps(parts, BEFORE, AFTER)
     close_topology()
     return found
 
