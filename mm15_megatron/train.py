@@ -3,8 +3,9 @@
 Launchers are torchrun, srun and mpiexec.
 
 Exit codes: 0 the run is complete; 2 something in the input is wrong, and one message says what; 3 loss or gradients
-stopped the run (``faults``), saved; 75 a signal (SIGTERM, SIGUSR1) stopped the run, its last step is saved, and the
-same command goes on from there. Anything else is a bug.
+stopped the run (``faults``), saved; 4 a rank hung, and the others named it and left: start the same command again; 75 a
+signal (SIGTERM, SIGUSR1) stopped the run, its last step is saved, and the same command goes on from there. Anything
+else is a bug.
 """
 
 from __future__ import annotations

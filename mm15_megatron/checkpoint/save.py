@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -93,8 +93,16 @@ def take_snapshot(
     return Snapshot(cfg, step, meta, state.tensors, samples)
 
 
-def write_snapshot(snapshot: Snapshot) -> Path:
+def _nobody(phase: str) -> None:
+    """Tell nobody."""
+
+
+def write_snapshot(snapshot: Snapshot, *, tell: Callable[[str], None] = _nobody) -> Path:
     """Write, prove, publish and track a checkpoint, then delete old ones (every rank must call, with its own part).
+
+    Args:
+        snapshot: what is saved.
+        tell: hears which phase begins.
 
     Returns:
         Its folder.
@@ -106,9 +114,13 @@ def write_snapshot(snapshot: Snapshot) -> Path:
     folder = publish.checkpoints_folder(snapshot.cfg.train.run_dir)
     form = tensor_format(snapshot.cfg.checkpoint.format)
     try:
+        tell("begin")
         writing = on_rank_zero(lambda: _begin(folder, snapshot))
+        tell("tensors")
         written = form.save_tensors(snapshot.tensors, writing / TENSORS)
+        tell("proof")
         _prove(writing, written, snapshot)
+        tell("publish")
         return on_rank_zero(lambda: _finish(writing, snapshot))
     except (OSError, CheckpointError) as error:
         left = on_rank_zero(lambda: _free_space(folder))

@@ -110,6 +110,16 @@ def _loss_spikes(config: RunConfig, world_size: int) -> None:
         )
 
 
+def _hangs(config: RunConfig, world_size: int) -> None:
+    limit, collectives = config.faults.hang_timeout_minutes, config.parallel.distributed_timeout_minutes
+    if limit is not None and not 0 <= limit < collectives:
+        raise ConfigError(
+            f"faults.hang_timeout_minutes = {limit} is not between 0 and parallel.distributed_timeout_minutes = "
+            f"{collectives}: collectives would give up before anybody has said which rank hangs",
+            fix="lower it, or raise parallel.distributed_timeout_minutes",
+        )
+
+
 def _training_sources(config: RunConfig, world_size: int) -> None:
     if not config.data.sources:
         raise ConfigError(
@@ -151,6 +161,7 @@ TRAINING_RULES: tuple[Rule, ...] = (
     _something_trains,
     _whole_parameters,
     _loss_spikes,
+    _hangs,
     _sources,
     _data_units,
 )

@@ -265,6 +265,11 @@ class FaultConfig:
     loss_spike_threshold: float = option(
         10.0, "deviations above their median that are a jump (1.48 median absolute deviations each)"
     )
+    hang_timeout_minutes: float | None = option(
+        None,
+        "a rank that stays longer in one phase of a step hangs: all ranks report, and leave with code 4; "
+        "None = 80 % of parallel.distributed_timeout_minutes, 0 = nobody watches",
+    )
 
 
 @dataclass(frozen=True)

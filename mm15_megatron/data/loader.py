@@ -23,7 +23,7 @@ from mm15_megatron.config.schema import RunConfig
 from mm15_megatron.data.batch_plan import BatchPlan
 from mm15_megatron.data.collate import Assembler, ImageSettings, MicroBatchTask
 from mm15_megatron.data.open_order import OpenOrder, open_order
-from mm15_megatron.data.row_order import RowOrder, RowRange
+from mm15_megatron.data.row_order import RowOrder, RowRange, RowTask
 from mm15_megatron.data.source_order import PackingReport
 from mm15_megatron.errors import DataError
 
@@ -59,6 +59,10 @@ class _Steps:
             while len(self._kept) > self._keep:
                 self._kept.popitem(last=False)
         return self._kept[consumed]
+
+    def known(self, consumed: int) -> RowRange | None:
+        """Return the rows of a step that was asked for before; nothing is read or packed."""
+        return self._kept.get(consumed)
 
 
 class _TaskStream:
@@ -168,7 +172,7 @@ class Loader:
         # One rank of the run tells what packing left out, once for each epoch of a source.
         self._tells = is_first_reader(view)
         self._told = [report.epochs for report in order.reports]  # an order that stays open was told of before
-        self._consumed, self._handed_out = consumed, 0
+        self._consumed, self._handed_out, self._data_rank = consumed, 0, view.data_rank
         # what workers prepare ahead is asked for again when it is handed out
         self._steps = _Steps(order, plan, keep=_STEPS_KEPT + num_workers * prefetch_factor)
         stream = _TaskStream(self._steps, plan, data_rank=view.data_rank, consumed=consumed, counts_steps=counts_steps)
@@ -228,6 +232,15 @@ class Loader:
     def consumed(self) -> int:
         """Units of the steps whose micro-batches were all handed out, and of those before this loader started."""
         return self._consumed
+
+    @property
+    def upcoming(self) -> tuple[RowTask, ...]:
+        """Rows of the micro-batch that comes next, or that is waited for; () where that is not known yet.
+
+        Nothing is read for it, so that another thread may ask while this one hangs in a read.
+        """
+        rows = self._steps.known(self._consumed)
+        return () if rows is None else self.plan.micro_batches(self._data_rank, rows)[self._handed_out]
 
     def state_dict(self) -> dict[str, int | str]:
         """Return where to go on: ``build_loader(cfg, consumed=state["consumed"])``, if the digest is the same then."""

@@ -191,6 +191,11 @@ def _first_host(nodes: str) -> str:
     return answer.stdout.split()[0]
 
 
+def record_collectives() -> None:
+    """Have torch remember the newest collectives, for the report of a job that hangs; before any group exists."""
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
+
+
 def join(place: Rendezvous, *, device: str, timeout_minutes: int) -> None:
     """Initialise torch.distributed: NCCL with a gloo companion on CUDA, gloo on the CPU.
 
@@ -201,6 +206,7 @@ def join(place: Rendezvous, *, device: str, timeout_minutes: int) -> None:
         device: cuda or cpu.
         timeout_minutes: a collective that waits longer raises.
     """
+    record_collectives()
     backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
     timeout = timedelta(minutes=timeout_minutes)
     if place.world_size == 1:

@@ -123,8 +123,11 @@ def _child(
 ) -> None:
     import torch
 
+    from mm15_megatron.parallel.rendezvous import record_collectives
+
     torch.set_num_threads(1)
     os.environ.update(place)
+    record_collectives()
     try:
         if device == "cpu":
             torch.distributed.init_process_group(

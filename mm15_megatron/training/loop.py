@@ -16,7 +16,7 @@ from mm15_megatron.training.optimizer import learning_rates
 from mm15_megatron.training.run import Run
 from mm15_megatron.training.schedule import apply_schedule
 from mm15_megatron.training.signals import EXIT_INTERRUPTED, StopRequest
-from mm15_megatron.training.stability import EXIT_UNSTABLE
+from mm15_megatron.training.stability import EXIT_UNSTABLE, Verdict
 from mm15_megatron.training.state import global_counts
 from mm15_megatron.training.step import StepOutput, train_step
 from mm15_megatron.training.validate import held_out_figures
@@ -69,6 +69,7 @@ def _train(training: Run, request: StopRequest) -> int:
         return 0
     saved_step = training.state.step
     while training.state.step < steps:
+        training.watchdog.step(training.state.step + 1, batch=training.feed.text)
         if stopped_by := request.agreed(device=device):
             if training.state.step > saved_step:
                 training.save()
@@ -86,7 +87,9 @@ def _train(training: Run, request: StopRequest) -> int:
             figures |= ledger_figures(training)
         held_out = training.feed.held_out
         if held_out and _due(training.state.step, cfg.train.validation_interval) and not request.agreed(device=device):
-            figures |= held_out_figures(training.parts, view=training.topology.view, opened=held_out)
+            figures |= held_out_figures(
+                training.parts, view=training.topology.view, opened=held_out, watchdog=training.watchdog
+            )
         report(training, taken, figures)
         if taken.output.verdict.stops:
             return _stop_unstable(training, taken.output)
@@ -123,12 +126,13 @@ def take_step(training: Run) -> Taken:
     factor = apply_schedule(training.parts.optimizer, training.cfg, step=state.step + 1)
     training.feed.rows.clear()
     waited, started = loader.wait_seconds, time.perf_counter()
-    output = train_step(
-        training.parts,
-        training.feed,
-        num_microbatches=shape.micro_batches,
-        judge=lambda loss, norm: state.course.judge(loss=loss, grad_norm=norm, faults=training.cfg.faults),
-    )
+
+    def judge(loss: float, grad_norm: float) -> Verdict:
+        training.watchdog.enter("update")
+        return state.course.judge(loss=loss, grad_norm=grad_norm, faults=training.cfg.faults)
+
+    output = train_step(training.parts, training.feed, num_microbatches=shape.micro_batches, judge=judge)
+    training.watchdog.enter("figures")
     wait = torch.tensor(loader.wait_seconds - waited, dtype=torch.float64, device=topology.device)
     torch.distributed.all_reduce(wait, op=torch.distributed.ReduceOp.MAX)
     longest = float(wait.item())  # waits for the device, which otherwise still runs the optimizer

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from typing import Final
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
 
-from mm15_megatron.batch import MMBatch, RowRecord
+from mm15_megatron.batch import MMBatch, RowRecord, SampleRecord
 from mm15_megatron.checkpoint.start import start_from
 from mm15_megatron.checkpoint.store import load_training
 from mm15_megatron.config.schema import RunConfig
 from mm15_megatron.data.ledger import Ledger, ledger_text
 from mm15_megatron.data.loader import Loader, build_loader
 from mm15_megatron.data.open_order import OpenOrder, open_order, run_shares, write_tables
+from mm15_megatron.data.samples import SampleRef
 from mm15_megatron.models.backend import open_tensor_parallel_buffers
 from mm15_megatron.models.build import build_chunks, check_replicas
 from mm15_megatron.parallel.rendezvous import Rendezvous
@@ -28,9 +30,13 @@ from mm15_megatron.training.saver import Saver
 from mm15_megatron.training.startup import peak_tflops, startup_screen
 from mm15_megatron.training.state import TrainState
 from mm15_megatron.training.step import StepParts
+from mm15_megatron.training.watchdog import Watchdog
 from mm15_megatron.utils.metrics import MetricsWriter
 from mm15_megatron.utils.progress import Progress
 from mm15_megatron.utils.ranks import on_rank_zero
+
+_ROWS_TOLD: Final = 8
+_SAMPLES_TOLD: Final = 32
 
 
 @dataclass
@@ -38,6 +44,7 @@ class Feed:
     """The loader of this rank, remembering what the micro-batches of the current step were made of."""
 
     loader: Loader
+    watchdog: Watchdog
     held_out: OpenOrder | None = None
     rows: list[RowRecord] = field(default_factory=list)
 
@@ -47,9 +54,28 @@ class Feed:
 
     def __next__(self) -> MMBatch:
         """Return the next micro-batch and note its rows."""
+        self.watchdog.enter("data")
         batch = next(self.loader)
         self.rows += batch.rows
+        self.watchdog.enter("forward and backward")
         return batch
+
+    def text(self) -> str:
+        """Say what the step's micro-batches were made of so far, and what the next one is (any thread may ask)."""
+        names = [source.name for source in self.loader.order.sources]
+        taken = [
+            f"row {row.row}: {_documents(row.samples, names)} ({row.text_tokens} text tokens, {row.image_slots} image "
+            f"slots, {sum(sample.images for sample in row.samples)} images)"
+            for row in self.rows[-_ROWS_TOLD:]
+        ]
+        coming = [f"row {row.row}: {_documents(row.samples, names)}" for row in self.loader.upcoming[:_ROWS_TOLD]]
+        return f"took {'; '.join(taken) or 'nothing'}; next {'; '.join(coming) or 'unknown'}"
+
+
+def _documents(samples: Sequence[SampleRecord | SampleRef], names: Sequence[str]) -> str:
+    told = [f"{names[sample.source]} {sample.document}" for sample in samples[:_SAMPLES_TOLD]]
+    rest = len(samples) - len(told)
+    return ", ".join(told) + (f" and {rest} more" if rest else "") or "no sample"
 
 
 @dataclass
@@ -65,6 +91,7 @@ class Run:
         progress: what a person sees (rank 0).
         writer: TensorBoard and JSONL (rank 0 alone).
         saver: writes checkpoints.
+        watchdog: hears what this rank does.
     """
 
     cfg: RunConfig
@@ -75,6 +102,7 @@ class Run:
     progress: Progress
     writer: MetricsWriter | None
     saver: Saver
+    watchdog: Watchdog
 
     @property
     def topology(self) -> Topology:
@@ -119,7 +147,8 @@ class Run:
             load_training(checkpoint, cfg, parts.chunks, parts.optimizer)
         start = None if source is None else start_from(source, cfg, parts.chunks, parts.optimizer)
         decision = resume_block(cfg, checkpoint, state=state, start=start)
-        return cls._open_outputs(cfg, parts, Feed(loader, held_out), state, decision, origins, stack)
+        feed = Feed(loader, Watchdog.of_run(cfg), held_out)
+        return cls._open_outputs(cfg, parts, feed, state, decision, origins, stack)
 
     @classmethod
     def _open_outputs(
@@ -151,8 +180,11 @@ class Run:
         progress.line(decision)
         if writer is not None and writer.dropped:
             progress.line(f"  metrics            {writer.dropped} records after step {state.step} dropped, taken again")
-        saver = Saver.open(parts, progress=progress, stack=stack)
-        return cls(cfg, parts, feed, state, peak_tflops(cfg, device=parts.topology.device), progress, writer, saver)
+        watchdog = feed.watchdog
+        saver = Saver.open(parts, progress=progress, watchdog=watchdog, stack=stack)
+        stack.enter_context(watchdog)
+        peak = peak_tflops(cfg, device=parts.topology.device)
+        return cls(cfg, parts, feed, state, peak, progress, writer, saver, watchdog)
 
     def ledger_text(self) -> str:
         """Return the ledger for people."""

@@ -12,6 +12,7 @@ from mm15_megatron.checkpoint.save import take_snapshot, write_snapshot
 from mm15_megatron.errors import CheckpointError
 from mm15_megatron.training.state import TrainState
 from mm15_megatron.training.step import StepParts
+from mm15_megatron.training.watchdog import Watchdog
 from mm15_megatron.utils.progress import Progress
 from mm15_megatron.utils.ranks import gathered_objects
 
@@ -24,23 +25,27 @@ class Saver:
     Args:
         parts: model, optimizer and groups.
         progress: what a person sees.
+        watchdog: hears what a save does.
         background: writes beside the training; None = the run waits.
     """
 
-    def __init__(self, parts: StepParts, *, progress: Progress, background: BackgroundWriter | None) -> None:
+    def __init__(
+        self, parts: StepParts, *, progress: Progress, watchdog: Watchdog, background: BackgroundWriter | None
+    ) -> None:
         self._parts = parts
         self._progress = progress
+        self._watchdog = watchdog
         self._background = background
 
     @classmethod
-    def open(cls, parts: StepParts, *, progress: Progress, stack: ExitStack) -> Saver:
+    def open(cls, parts: StepParts, *, progress: Progress, watchdog: Watchdog, stack: ExitStack) -> Saver:
         """Make the saver that ``checkpoint.async_save`` wants."""
         background = None
         if parts.cfg.checkpoint.async_save:
             timeout = parts.cfg.parallel.distributed_timeout_minutes
             background = BackgroundWriter(parts.topology.place, timeout_minutes=timeout)
             stack.callback(background.close)
-        return cls(parts, progress=progress, background=background)
+        return cls(parts, progress=progress, watchdog=watchdog, background=background)
 
     def save(self, state: TrainState, *, data_digest: str) -> None:
         """Save the run as it stands; in the background, once the save before has arrived.
@@ -49,6 +54,7 @@ class Saver:
             CheckpointError: it could not be written, or the one before could not.
         """
         self.finish()
+        self._watchdog.enter("save: snapshot")
         began = time.monotonic()
         parts = self._parts
         assert parts.optimizer is not None, "a run has an optimizer"
@@ -62,7 +68,7 @@ class Saver:
             progress=state.as_dict(),
         )
         if self._background is None:
-            self._tell(str(write_snapshot(snapshot)), time.monotonic() - began)
+            self._tell(str(write_snapshot(snapshot, tell=self._told)), time.monotonic() - began)
             return
         self._background.submit(snapshot)
         self._progress.line(f"step {state.step} copied in {time.monotonic() - began:.2f} s, on its way to disk")
@@ -88,12 +94,18 @@ class Saver:
         """
         if self._background is None or not self._background.busy:
             return
-        written = gathered_objects(self._background.result())
+        self._watchdog.enter("save: wait for the writer", may_last=True)  # the writers' own collectives give up
+        mine = self._background.result()
+        self._watchdog.enter("save: hear of the other writers")
+        written = gathered_objects(mine)
         errors = [(rank, one.error) for rank, one in enumerate(written) if one.error is not None]
         if errors:
             rank, error = min(errors, key=lambda found: isinstance(found[1], GivenUp))  # the cause before its effects
             raise CheckpointError(f"rank {rank}: {error.problem}", fix=error.fix)
         self._tell(written[0].folder, max(one.seconds for one in written))
+
+    def _told(self, phase: str) -> None:
+        self._watchdog.enter(f"save: {phase}")
 
     def _tell(self, folder: str, seconds: float) -> None:
         self._progress.line(f"saved {folder} ({seconds:.1f} s until it was on disk, proven and tracked)")

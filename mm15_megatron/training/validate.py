@@ -8,9 +8,12 @@ from mm15_megatron.batch import RankView
 from mm15_megatron.data.loader import build_loader
 from mm15_megatron.data.open_order import OpenOrder
 from mm15_megatron.training.step import StepParts, evaluate_step
+from mm15_megatron.training.watchdog import Watchdog
 
 
-def held_out_figures(parts: StepParts, *, view: RankView, opened: OpenOrder) -> dict[str, float | int | None]:
+def held_out_figures(
+    parts: StepParts, *, view: RankView, opened: OpenOrder, watchdog: Watchdog
+) -> dict[str, float | int | None]:
     """Measure the held-out loss over ``train.validation_steps`` global batches (every rank must call).
 
     The rows are the first ones of the validation order, the same every time and in every layout. A loader has one
@@ -22,12 +25,13 @@ def held_out_figures(parts: StepParts, *, view: RankView, opened: OpenOrder) -> 
         ``validation/seconds``, the wall time with the loader's start and end.
     """
     started = time.perf_counter()
+    watchdog.enter("validation: open the loader")
     cfg = parts.cfg
     loader = build_loader(cfg, view=view, validation=True, opened=opened)
     try:
         units = cfg.train.global_batch_size
         rounds = sum(loader.step(step * units).micro_batches for step in range(cfg.train.validation_steps))
-        sums = evaluate_step(parts, loader, num_microbatches=rounds)
+        sums = evaluate_step(parts, watchdog.watched(loader, phase="validation"), num_microbatches=rounds)
     finally:
         loader.close()
     names = (source.name for source in opened.order.sources)

@@ -318,6 +318,7 @@ CASES = [
     ("_fp8_widths", 1, [*FP8, "vision.ffn_hidden_size=72", "precision.fp8_vision=true"], "vision.ffn_hidden_size = 72"),
     ("_context_parallel", 2, [CP2, "data.seq_length=127", "train.micro_batch_size=1"], "= 127 is not divisible"),
     ("_loss_spikes", 1, ["faults.loss_spike_window=5"], "= 5 is not between 8 and 10000 steps"),
+    ("_hangs", 1, ["faults.hang_timeout_minutes=10"], "= 10.0 is not between 0 and .*: collectives would give up"),
     (
         "_whole_parameters",
         2,

@@ -155,7 +155,7 @@ class _SpoiledFeed(Feed):
     """A real feed with two bad steps."""
 
     def __init__(self, run: Run) -> None:
-        super().__init__(run.feed.loader)
+        super().__init__(run.feed.loader, run.watchdog)
         self._run = run
 
     def __next__(self) -> MMBatch:
