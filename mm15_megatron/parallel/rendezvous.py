@@ -220,9 +220,29 @@ def join(place: Rendezvous, *, device: str, timeout_minutes: int) -> None:
             backend, store=store, rank=place.rank, world_size=place.world_size, timeout=timeout
         )
         return
+    if restarted := _attempt(os.environ):
+        store, _, _ = next(torch.distributed.rendezvous(place.init_method, timeout=timeout))
+        torch.distributed.init_process_group(
+            backend,
+            store=torch.distributed.PrefixStore(f"attempt_{restarted}", store),
+            rank=place.rank,
+            world_size=place.world_size,
+            timeout=timeout,
+        )
+        return
     torch.distributed.init_process_group(
         backend, init_method=place.init_method, rank=place.rank, world_size=place.world_size, timeout=timeout
     )
+
+
+def _attempt(env: Mapping[str, str]) -> int:
+    """How often torchrun has started these ranks before on its one machine.
+
+    There it hands every attempt the store of the first (its default rendezvous), in which the addresses of dead ranks
+    still stand: new ranks would wait for them. On several machines its c10d rendezvous makes a new store.
+    """
+    alone = env.get("GROUP_WORLD_SIZE") == "1" and env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    return _whole(env, "TORCHELASTIC_RESTART_COUNT", "0") if alone else 0
 
 
 def _store_over_mpi(place: Rendezvous, timeout: timedelta) -> torch.distributed.Store:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import traceback
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from types import FrameType
@@ -97,16 +97,17 @@ def stack_of(frame: FrameType) -> tuple[tuple[str, ...], bool]:
 
 
 def newest_collectives() -> tuple[Collective, ...]:
-    """Return the newest collectives of each group from torch's flight recorder; none where it is off."""
+    """Return the newest collectives of each group from torch's flight recorder, newest last; none where it is off."""
     dump = json.loads(torch._C._distributed_c10d._dump_fr_trace_json(True, False))
-    by_group = defaultdict(list)
+    by_group: dict[str, list[Collective]] = {}
     for entry in dump.get("entries", []):
         number = entry["p2p_seq_id"] if entry["is_p2p"] else entry["collective_seq_id"]
-        sizes = " and ".join("x".join(map(str, size)) or "one number" for size in entry["input_sizes"])
+        sizes = " and ".join("x".join(map(str, size)) or "a scalar" for size in entry["input_sizes"])
         name = " ".join(part for part in entry["process_group"] if part)
         what = f"{entry['profiling_name']} number {number}" + (f" of {sizes}" if sizes else "")
-        by_group[name].append(Collective(name, what, not entry["retired"]))
-    return tuple(one for held in by_group.values() for one in held[-_SHOWN:])
+        # the group that was used last comes last
+        by_group[name] = [*by_group.pop(name, []), Collective(name, what, not entry["retired"])][-_SHOWN:]
+    return tuple(one for held in by_group.values() for one in held)
 
 
 def odd_ranks(reports: Sequence[RankReport], *, places: Sequence[str]) -> dict[int, str]:

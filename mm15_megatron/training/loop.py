@@ -131,6 +131,7 @@ def take_step(training: Run) -> Taken:
         training.watchdog.enter("update")
         return state.course.judge(loss=loss, grad_norm=grad_norm, faults=training.cfg.faults)
 
+    training.watchdog.enter("forward and backward")
     output = train_step(training.parts, training.feed, num_microbatches=shape.micro_batches, judge=judge)
     training.watchdog.enter("figures")
     wait = torch.tensor(loader.wait_seconds - waited, dtype=torch.float64, device=topology.device)

@@ -19,13 +19,14 @@ from mm15_megatron.data.loader import Loader
 from mm15_megatron.parity.ranks import RankFailure
 from mm15_megatron.training.hang_report import Collective, RankReport, merged_text, odd_ranks
 from mm15_megatron.training.run import Run
-from mm15_megatron.training.watchdog import Watchdog, hang_seconds
+from mm15_megatron.training.watchdog import hang_seconds
 
 from ..helpers.layouts import change, debug_config
 from .runs import records, run_arguments
 
 LIMIT = 6.0  # seconds: many times a step of the small model
 SHORT = f"faults.hang_timeout_minutes={LIMIT / 60}"
+ONE_STEP = ["train.steps=1", "schedule.warmup_steps=0"]
 Arguments = Callable[..., list[str]]
 
 
@@ -169,7 +170,9 @@ def _slow(run: Run) -> None:
 
 
 def test_slow_steps_are_no_hang(arguments: Arguments, tmp_path: Path) -> None:
-    argv = arguments(SHORT, "train.steps=1", "schedule.warmup_steps=0", "train.micro_batch_size=2", "train.global_batch_size=8")
+    argv = arguments(
+        SHORT, "train.steps=1", "schedule.warmup_steps=0", "train.micro_batch_size=2", "train.global_batch_size=8"
+    )
     assert run_arguments(argv, prepare=_slow)[0] == 0
     assert not (tmp_path / "run" / "hangs").exists()
 
@@ -200,6 +203,8 @@ def test_a_process_that_was_suspended_goes_on(tmp_path: Path) -> None:
 
 def test_nobody_watches(arguments: Arguments, tmp_path: Path) -> None:
     """With a limit of 0 a long phase is left alone."""
-    argv = arguments("faults.hang_timeout_minutes=0", "train.steps=1", "schedule.warmup_steps=0", "train.global_batch_size=2")
+    argv = arguments(
+        "faults.hang_timeout_minutes=0", "train.steps=1", "schedule.warmup_steps=0", "train.global_batch_size=2"
+    )
     assert run_arguments(argv, prepare=_slow)[0] == 0
     assert json.loads((tmp_path / "run" / "metrics.jsonl").read_text())["step"] == 1
