@@ -44,11 +44,26 @@ def test_a_run_saves_beside_its_steps(arguments: Callable[..., list[str]], tmp_p
         assert [one[what] for one in found] == [one[what] for one in expected], what
 
 
+@pytest.mark.parametrize("where", ["data.num_workers=0", "data.num_workers=1"])
+def test_saves_while_dali_decodes(where: str, arguments: Callable[..., list[str]], tmp_path: Path) -> None:
+    """DALI's pipeline is live, in this process or in a worker's; nothing forks it, and its images are the same."""
+    given = [one for one in arguments("train.steps=5") if not one.startswith(("data.decoder", "data.num_workers"))]
+    argv = [*given, "data.decoder=dali", where]
+    code, log = run_arguments([*argv, *IN_BACKGROUND])
+    assert code == 0
+    assert "this process forks" not in log
+    assert log.count("saved ") == 3
+    elsewhere = [one for one in argv if not one.startswith("train.run_dir")] + [f"train.run_dir={tmp_path / 'waiting'}"]
+    assert run_arguments(elsewhere)[0] == 0
+    found, expected = records(tmp_path / "run"), records(tmp_path / "waiting")
+    assert [one["train/loss"] for one in found] == [one["train/loss"] for one in expected]
+
+
 class _LosesTheWriter(Feed):
     """A real feed behind which the process beside rank 1 is killed, once the first save has arrived."""
 
     def __init__(self, run: Run) -> None:
-        super().__init__(run.feed.loader)
+        super().__init__(run.feed.loader, run.watchdog)
         self._run = run
 
     def __next__(self) -> MMBatch:

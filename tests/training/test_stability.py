@@ -92,7 +92,7 @@ class _Poisoned(Feed):
     """A real feed whose tiles are NaN from the fourth step on."""
 
     def __init__(self, run: Run) -> None:
-        super().__init__(run.feed.loader)
+        super().__init__(run.feed.loader, run.watchdog)
         self._run = run
 
     def __next__(self) -> MMBatch:
