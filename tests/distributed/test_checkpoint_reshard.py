@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -21,9 +21,10 @@ from mm15_megatron.parity.layouts import parse_layout
 from mm15_megatron.parity.ranks import RankFailure, run_on_ranks
 from mm15_megatron.parity.shrink import ADAFACTOR_EPS
 from mm15_megatron.parity.trace import build_parts, micro_batches
-from mm15_megatron.training.step import StepParts, evaluate_step, train_step
+from mm15_megatron.training.step import StepParts, evaluate_step
 
 from ..helpers.layouts import LAYOUTS, Layout, change, debug_config
+from ..helpers.steps import train_steps
 
 BEFORE, AFTER = 3, 5
 TITLE = "resume across layouts (next five losses and gradient norms against the straight run of one rank)"
@@ -40,47 +41,55 @@ MATRIX = {
     "one": ONE,
     **{name: LAYOUTS[name] for name in ("tp2", "tp2sp", "pp2", "dp2", "dp2-dist-opt", OVERLAP, "tp2pp2")},
 }
-
 SPARSE_MATRIX = {
     "one": ONE,
-    **{name: parse_layout(name) for name in ("tp2sp-etp1", "ep2-dist-opt", "vpp2", "tp2sp-pp2ep2-dist-opt")},
+    **{
+        name: parse_layout(name)
+        for name in ("dp2", "tp2sp-pp2", "tp2sp-pp2ep2-distopt", "tp2sp-etp1", "ep2-distopt", "vpp2")
+    },
 }
-FACTORED_MATRIX = {"one": ONE, **{name: parse_layout(name) for name in ("dp2", "tp2sp-dp2-ep2-etp1", "tp2pp2", "ep2")}}
+FACTORED_MATRIX = {
+    "one": ONE,
+    **{name: parse_layout(name) for name in ("dp2", "tp2sp-pp2", "tp2sp-pp2ep2", "tp2sp-dp2-ep2-etp1", "ep2")},
+}
 MATRICES = {DENSE: MATRIX, SPARSE: SPARSE_MATRIX, FACTORED: FACTORED_MATRIX}
+IN_BOTH_FORMATS = ("one", "dp2", "tp2sp-pp2", "tp2sp-pp2ep2-distopt", "tp2sp-pp2ep2")
+FEW = {
+    DENSE: ("one", "dp2-dist-opt", OVERLAP, "tp2pp2"),
+    SPARSE: ("one", "tp2sp-pp2ep2-distopt"),
+    FACTORED: ("one", "dp2", "tp2sp-dp2-ep2-etp1"),
+}
+"""What is resumed in each other in every run of the tests; the whole matrices, in both formats, with the soak tests."""
 
 Figures = list[tuple[float, float]]
-Saved = tuple[dict[str, str], dict[str, Figures]]
+SavedRuns = Callable[[str, str], tuple[str, Figures]]
 
 
-def _steps(parts: StepParts, first: int, count: int) -> Figures:
-    """Train ``count`` steps of the fixed stream; (loss, gradient norm) of each."""
-    cfg, figures = parts.cfg, []
-    rounds = cfg.train.global_batch_size // cfg.train.micro_batch_size // parts.topology.data_size
-    for step in range(first, first + count):
-        output = train_step(parts, micro_batches(cfg, parts.topology, step=step), num_microbatches=rounds)
-        assert output.applied
-        figures.append((output.loss, output.grad_norm))
-    return figures
-
-
-def _save(parts: StepParts, *, step: int) -> None:
+def _save(parts: StepParts, *, step: int, fmt: str) -> None:
+    cfg = parts.cfg
     save_checkpoint(
-        parts.cfg,
+        change(cfg, train={"run_dir": run_dir_of(cfg.train.run_dir, fmt)}, checkpoint={"format": fmt}),
         parts.chunks,
         parts.optimizer,
         topology=parts.topology,
         step=step,
         data_digest="stream",
-        progress={"consumed": step * parts.cfg.train.global_batch_size},
+        progress={"consumed": step * cfg.train.global_batch_size},
     )
 
 
-def _train_and_save(cfg: RunConfig) -> Figures:
+def run_dir_of(run_dir: str, fmt: str) -> str:
+    """Where a run's checkpoints of a format lie."""
+    return run_dir if fmt == "torch_dist" else f"{run_dir}.{fmt}"
+
+
+def _train_and_save(cfg: RunConfig, formats: tuple[str, ...] = ("torch_dist",)) -> Figures:
     """Three steps, a checkpoint, and the five steps that follow without any interruption."""
     parts = build_parts(cfg)
-    _steps(parts, 0, BEFORE)
-    _save(parts, step=BEFORE)
-    figures = _steps(parts, BEFORE, AFTER)
+    train_steps(parts, 0, BEFORE)
+    for fmt in formats:
+        _save(parts, step=BEFORE, fmt=fmt)
+    figures = train_steps(parts, BEFORE, AFTER)
     close_topology()
     return figures
 
@@ -94,7 +103,7 @@ def _resume(cfg: RunConfig, run_dirs: dict[str, str]) -> dict[str, Figures]:
         assert checkpoint is not None
         load_training(checkpoint, cfg, parts.chunks, parts.optimizer)
         assert get_step(parts.optimizer, device=parts.topology.device) == BEFORE
-        found[name] = _steps(parts, BEFORE, AFTER)
+        found[name] = train_steps(parts, BEFORE, AFTER)
     close_topology()
     return found
 
@@ -105,26 +114,28 @@ def _in(run_dir: Path, layout: Layout, *, model: str = DENSE, **sections: dict[s
 
 
 @pytest.fixture(scope="module")
-def saved_runs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Saved]:
-    """By model: a run directory of each layout, and what its uninterrupted run shows after the checkpoint."""
+def saved_run(tmp_path_factory: pytest.TempPathFactory) -> SavedRuns:
+    """By model and layout: a run directory, and what its uninterrupted run shows after the checkpoint."""
 
     @functools.cache
-    def save_all(model: str) -> Saved:
-        run_dirs, straight = {}, {}
-        for name, layout in MATRICES[model].items():
-            run_dir = tmp_path_factory.mktemp(name)
-            cfg = _in(run_dir, layout, model=model)
-            straight[name] = run_on_ranks(_train_and_save, layout.world_size, cfg=cfg)[0]
-            run_dirs[name] = str(run_dir)
-        return run_dirs, straight
+    def save(model: str, name: str) -> tuple[str, Figures]:
+        run_dir, layout = tmp_path_factory.mktemp(name), MATRICES[model][name]
+        cfg = _in(run_dir, layout, model=model)
+        formats = ("torch_dist", "zarr") if name in IN_BOTH_FORMATS and model != DENSE else ("torch_dist",)
+        return str(run_dir), run_on_ranks(_train_and_save, layout.world_size, cfg=cfg, formats=formats)[0]
 
-    return save_all
+    return save
 
 
-@pytest.fixture
-def saved(saved_runs: Callable[[str], Saved]) -> Saved:
-    """The runs of the dense model."""
-    return saved_runs(DENSE)
+def _sources(model: str, names: Sequence[str], saved_run: SavedRuns) -> dict[str, str]:
+    """Run directories of the checkpoints of these layouts, in each format that was written."""
+    found = {}
+    for name in names:
+        run_dir = saved_run(model, name)[0]
+        found[name] = run_dir
+        if Path(run_dir_of(run_dir, "zarr")).exists():
+            found[f"{name} (zarr)"] = run_dir_of(run_dir, "zarr")
+    return found
 
 
 def _distance(left: Figures, right: Figures) -> float:
@@ -133,23 +144,33 @@ def _distance(left: Figures, right: Figures) -> float:
     return max(max(abs(a[0] - b[0]), abs(a[1] - b[1]) / b[1]) for a, b in pairs)
 
 
-@pytest.mark.parametrize(("model", "into"), [(model, into) for model, matrix in MATRICES.items() for into in matrix])
+CASES = [
+    *(pytest.param(model, into, FEW[model], id=f"{model}-{into}") for model, names in FEW.items() for into in names),
+    *(
+        pytest.param(model, into, tuple(matrix), id=f"{model}-{into}-from-all", marks=pytest.mark.soak)
+        for model, matrix in MATRICES.items()
+        for into in matrix
+    ),
+]
+
+
+@pytest.mark.parametrize(("model", "into", "names"), CASES)
 def test_resume_in_layout(
-    model: str, into: str, saved_runs: Callable[[str], Saved], table: dict[str, list[str]]
+    model: str, into: str, names: tuple[str, ...], saved_run: SavedRuns, table: dict[str, list[str]]
 ) -> None:
-    """Every layout's checkpoint continues here; bitwise when this layout saved it."""
-    run_dirs, straight = saved_runs(model)
-    matrix, layout = MATRICES[model], MATRICES[model][into]
-    # its own checkpoint last: all foreign ones were loaded into the same process before it
-    order = {name: run_dirs[name] for name in [*(n for n in matrix if n != into), into]}
-    cfg = _in(Path(run_dirs[into]), layout, model=model)
-    found = run_on_ranks(_resume, layout.world_size, cfg=cfg, run_dirs=order)[0]
-    distances = {name: _distance(found[name], straight["one"]) for name in matrix}
-    header = f"{'loaded in':14}" + "".join(f"{'from ' + name[:12]:>19}" for name in matrix)
-    lines = table.setdefault(f"{TITLE}, {model}", [header])
-    lines.append(f"{into[:12]:14}" + "".join(f"{distances[name]:19.1e}" for name in matrix))
-    assert found[into] == straight[into], "resuming in the same layout is not bitwise the straight run"
-    assert max(distances.values()) <= FP32_SCALAR, distances
+    """Every layout's checkpoint continues here, whatever its format; bitwise when this layout saved it."""
+    layout, straight = MATRICES[model][into], saved_run(model, "one")[1]
+    # its own checkpoints last: all foreign ones were loaded into the same process before them
+    sources = _sources(model, [*(name for name in names if name != into), into], saved_run)
+    cfg = _in(Path(saved_run(model, into)[0]), layout, model=model)
+    found = run_on_ranks(_resume, layout.world_size, cfg=cfg, run_dirs=sources, timeout=600)[0]
+    lines = table.setdefault(f"{TITLE}, {model}", [])
+    for name in sorted(sources):
+        lines.append(f"{name:>30} -> {into:30} {_distance(found[name], straight):.1e}")
+    for name in sources:
+        if name.partition(" ")[0] == into:
+            assert found[name] == saved_run(model, into)[1], "resuming in the same layout is not bitwise"
+    assert max(_distance(figures, straight) for figures in found.values()) <= FP32_SCALAR
 
 
 # bf16 keeps 8 bits: weights rounded to it and their fp32 masters differ by half a unit in the last place.
@@ -183,13 +204,14 @@ def _evaluate_weights(cfg: RunConfig, run_dir: str) -> float:
     return sums.loss
 
 
-def test_weights_alone(saved: Saved) -> None:
+def test_weights_alone(saved_run: SavedRuns) -> None:
     """Evaluation reads the parameters of a checkpoint without its optimizer, in another layout."""
-    run_dirs, straight = saved
+    _, straight = saved_run(DENSE, "one")
     for source, layout in (("dp2-dist-opt", MATRIX["tp2pp2"]), ("tp2pp2", ONE), (OVERLAP, ONE)):
-        cfg = _in(Path(run_dirs[source]), layout)
-        loss = run_on_ranks(_evaluate_weights, layout.world_size, cfg=cfg, run_dir=run_dirs[source])[0]
-        assert abs(loss - straight["one"][0][0]) <= FP32_SCALAR
+        run_dir, _ = saved_run(DENSE, source)
+        cfg = _in(Path(run_dir), layout)
+        loss = run_on_ranks(_evaluate_weights, layout.world_size, cfg=cfg, run_dir=run_dir)[0]
+        assert abs(loss - straight[0][0]) <= FP32_SCALAR
 
 
 def test_frozen_and_tied(tmp_path: Path) -> None:
@@ -203,12 +225,12 @@ def test_frozen_and_tied(tmp_path: Path) -> None:
         assert _distance(found, straight) <= FP32_SCALAR, name
 
 
-def test_another_optimizer_is_refused(saved_runs: Callable[[str], Saved]) -> None:
+def test_another_optimizer_is_refused(saved_run: SavedRuns) -> None:
     """Its state is not in the checkpoint; weights alone would be."""
-    run_dirs, _ = saved_runs(SPARSE)
-    cfg = _in(Path(run_dirs["one"]), ONE, model=FACTORED)
+    run_dir, _ = saved_run(SPARSE, "one")
+    cfg = _in(Path(run_dir), ONE, model=FACTORED)
     with pytest.raises(RankFailure, match=r"holds the moments of adamw, and this run is adafactor with") as failed:
-        run_on_ranks(_resume, 1, cfg=cfg, run_dirs={"one": run_dirs["one"]})
+        run_on_ranks(_resume, 1, cfg=cfg, run_dirs={"one": run_dir})
     assert "checkpoint.init_from" in str(failed.value)
 
 
@@ -236,9 +258,9 @@ def _keys(cfg: RunConfig) -> list[str]:
     return sorted(stored_shapes(latest.folder / "tensors"))
 
 
-def test_stored_names_do_not_depend_on_the_layout(saved: Saved) -> None:
+def test_stored_names_do_not_depend_on_the_layout(saved_run: SavedRuns) -> None:
     """Every layout writes the same keys and shapes, without prefixes of optimizers or stages."""
-    run_dirs, _ = saved
+    run_dirs = {name: saved_run(DENSE, name)[0] for name in FEW[DENSE]}
     keys = {name: run_on_ranks(_keys, 1, cfg=_in(Path(run_dir), ONE))[0] for name, run_dir in run_dirs.items()}
     assert all(found == keys["one"] for found in keys.values())
     assert {key.split(".")[0] for key in keys["one"]} == {"model", "optimizer"}
@@ -260,7 +282,7 @@ def _resume_with_fault(cfg: RunConfig, run_dirs: dict[str, str], fault: str) -> 
     assert checkpoint is not None
     wanted = schema.training_to_load(parts.chunks, parts.optimizer, optimizer_step=checkpoint.optimizer_step)
     wanted.restore(load_tensors(wanted.tensors, checkpoint.folder / "tensors"))
-    figures = _steps(parts, BEFORE, AFTER)
+    figures = train_steps(parts, BEFORE, AFTER)
     close_topology()
     return {"one": figures}
 
@@ -270,11 +292,11 @@ FAULTS += [(FACTORED, fault) for fault in ("step", "master", "exp_avg", "exp_avg
 
 
 @pytest.mark.parametrize(("model", "fault"), FAULTS)
-def test_planted_fault_is_found(model: str, fault: str, saved_runs: Callable[[str], Saved]) -> None:
+def test_planted_fault_is_found(model: str, fault: str, saved_run: SavedRuns) -> None:
     """The comparison fails when any one part is not restored (the first loss alone would miss all but the master)."""
-    run_dirs, straight = saved_runs(model)
+    run_dir, straight = saved_run(model, "one")
     layout = MATRICES[model]["dp2" if model == FACTORED else "dp2-dist-opt"]
-    cfg = _in(Path(run_dirs["one"]), layout, model=model)
-    found = run_on_ranks(_resume_with_fault, 2, cfg=cfg, run_dirs=run_dirs, fault=fault)[0]["one"]
-    assert _distance(found, straight["one"]) > 10 * FP32_SCALAR
-    assert (_distance(found[:1], straight["one"][:1]) <= FP32_SCALAR) == (fault != "master")
+    cfg = _in(Path(run_dir), layout, model=model)
+    found = run_on_ranks(_resume_with_fault, 2, cfg=cfg, run_dirs={"one": run_dir}, fault=fault)[0]["one"]
+    assert _distance(found, straight) > 10 * FP32_SCALAR
+    assert (_distance(found[:1], straight[:1]) <= FP32_SCALAR) == (fault != "master")
