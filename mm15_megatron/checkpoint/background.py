@@ -10,13 +10,11 @@ from __future__ import annotations
 import os
 import signal
 import socket
-import threading
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from multiprocessing import parent_process
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
@@ -28,6 +26,7 @@ from mm15_megatron.checkpoint.save import Snapshot, write_snapshot
 from mm15_megatron.errors import CheckpointError
 from mm15_megatron.parallel import cpu_emulation
 from mm15_megatron.parallel.rendezvous import Rendezvous
+from mm15_megatron.utils.processes import leave_with_parent
 from mm15_megatron.utils.ranks import on_rank_zero
 
 _ALIGNMENT = 64
@@ -198,7 +197,7 @@ def _serve(pipe: Connection[Any, Any], meeting: _Meeting, prepare: Prepare | Non
     # what stops a run reaches the rank, which finishes what is on its way
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
-    threading.Thread(target=_leave_with_parent, daemon=True).start()
+    leave_with_parent()
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the device is the rank's; all that is written is in host memory
     cpu_emulation.install()
     torch.set_num_threads(1)
@@ -243,11 +242,3 @@ def _write(job: _Job, memory: torch.Tensor) -> str | CheckpointError:
             f"the checkpoint of step {job.snapshot.step} was given up: {error}",
             fix="another rank's report says why; the previous checkpoint is untouched",
         )
-
-
-def _leave_with_parent() -> None:
-    """End when the rank is gone, even in the middle of a collective."""
-    parent = parent_process()
-    assert parent is not None
-    wait([parent.sentinel])
-    os._exit(1)

@@ -26,6 +26,7 @@ from mm15_megatron.data.open_order import OpenOrder, open_order
 from mm15_megatron.data.row_order import RowOrder, RowRange, RowTask
 from mm15_megatron.data.source_order import PackingReport
 from mm15_megatron.errors import DataError
+from mm15_megatron.utils.processes import leave_with_parent
 
 _LOGGER = logging.getLogger(__name__)
 _START_METHOD: Final = "forkserver"
@@ -124,8 +125,9 @@ def _held_back(signals: set[signal.Signals]) -> Iterator[None]:
 
 
 def _prepare_worker(_: int) -> None:
-    """Leave Ctrl-C to the training process too."""
+    """Leave Ctrl-C to the training process too, and go when it is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    leave_with_parent()
 
 
 class Loader:

@@ -91,12 +91,15 @@ def test_torchrun_starts_the_job_again(
         process = subprocess.Popen(command, env=environment(), cwd=ROOT, stdout=stream, stderr=stream)
     seen = _after_several_steps(run_dir, log)
     rank = _rank(psutil.Process(process.pid), 1)
+    helpers = rank.children(recursive=True)
+    assert len(helpers) >= 3, "a data worker, its server, the writer of checkpoints"
     os.kill(rank.pid, fault)
     assert process.wait(timeout=240) == 0, log.read_text()[-4000:]
     text, found = log.read_text(), losses(run_dir)
     assert "go on from step_0000" in text
     assert found[: len(seen)] == seen
     assert found == pytest.approx(straight, abs=FP32_DRIFT)
+    assert psutil.wait_procs(helpers, timeout=30)[1] == [], "nobody stays behind"
     if fault == signal.SIGSTOP:
         assert f", process {rank.pid}) says nothing: it is stopped or dead" in text
         assert len(list((run_dir / "hangs").glob("*/report.txt"))) == 1
