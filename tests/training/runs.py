@@ -39,13 +39,14 @@ def run_on_rank(
     argv: list[str],
     trap: tuple[str, signal.Signals, int] | None = None,
     prepare: Callable[[Run], None] | None = None,
+    log_file: Path | None = None,
 ) -> tuple[int, str]:
-    """Run a command line on this rank."""
+    """Run a command line on this rank; rank 0 writes to ``log_file`` what must outlive it."""
     place = rank_place()
     pids: list[int] = [0] * place.world_size
     torch.distributed.all_gather_object(pids, os.getpid())
     log = _Trap(trap[0], trap[1], pids[trap[2]]) if trap else io.StringIO()
-    sys.stdout = log
+    sys.stdout = log if log_file is None or place.rank else log_file.open("w", buffering=1, encoding="utf-8")
     os.register_at_fork(before=lambda: log.write("this process forks\n"))
     parsed = parse_run(argv, presets=REGISTRY)
     validate(parsed.config, world_size=place.world_size)
