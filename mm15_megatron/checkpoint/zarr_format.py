@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -32,7 +32,7 @@ _ALWAYS: Final = {"write_empty_chunks": True}  # a shard of zeros is a file, too
 _STORED_AS: Final = {torch.bfloat16: torch.uint16}
 _DAMAGE = (OSError, ValueError, KeyError, RuntimeError)
 
-Shapes = dict[str, tuple[tuple[int, ...], tuple[int, ...], torch.dtype]]
+Shapes = tuple[tuple[int, ...], tuple[int, ...], torch.dtype]
 
 
 def save_tensors(tensors: Mapping[str, ShardedTensor], folder: Path) -> list[Path]:
@@ -45,11 +45,19 @@ def save_tensors(tensors: Mapping[str, ShardedTensor], folder: Path) -> list[Pat
         CheckpointError: if the folder cannot be written, by any rank.
     """
     mine = {key: (tuple(t.global_shape), tuple(t.local_shape), t.dtype) for key, t in tensors.items()}
-    wanted: Shapes = {key: shapes for share in gathered_objects(mine) for key, shapes in share.items()}
-    on_rank_zero(lambda: _create(folder, wanted))
-    problem, written = "", []
+    wanted: dict[str, Shapes] = {key: shapes for share in gathered_objects(mine) for key, shapes in share.items()}
+    rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    group = on_rank_zero(lambda: _describe_group(folder))
+    described = _together(folder, lambda: [_describe(folder, key, wanted[key]) for key in sorted(wanted)[rank::ranks]])
+    written = _together(folder, lambda: [_write(folder, key, tensor) for key, tensor in tensors.items()])
+    return [*written, *described, *([group] if rank == 0 else [])]
+
+
+def _together(folder: Path, work: Callable[[], list[Path]]) -> list[Path]:
+    """Do this rank's part of some work; what goes wrong on any rank is an error on all (every rank must call)."""
+    problem, done = "", []
     try:
-        written = [_write(folder, key, tensor) for key, tensor in tensors.items()]
+        done = work()
     except _DAMAGE as error:
         problem = f"{type(error).__name__}: {error}"
     problems = [f"rank {rank}: {one}" for rank, one in enumerate(gathered_objects(problem)) if one]
@@ -58,9 +66,7 @@ def save_tensors(tensors: Mapping[str, ShardedTensor], folder: Path) -> list[Pat
             f"the checkpoint could not be written to {folder}: {problems[0]}",
             fix="check free space and permissions; the previous checkpoint is untouched",
         )
-    if torch.distributed.get_rank() == 0:
-        written += [folder / "zarr.json", *(folder / key / "zarr.json" for key in wanted)]
-    return written
+    return done
 
 
 def stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
@@ -115,21 +121,26 @@ class ShardReader:
         return _read(self._folder, key, offset, shape)
 
 
-def _create(folder: Path, wanted: Shapes) -> None:
-    """Write what describes the arrays; the ranks write into them."""
-    group = zarr.create_group(folder)
-    for key, (whole, local, dtype) in wanted.items():
-        group.create_array(
-            key,
-            shape=whole,
-            shards=local,
-            chunks=_chunk(local, dtype.itemsize),
-            dtype=str(_plain(torch.empty(0, dtype=dtype)).dtype),
-            compressors=None,
-            fill_value=0,
-            attributes={"dtype": str(dtype).removeprefix("torch.")},
-            config=_ALWAYS,
-        )
+def _describe_group(folder: Path) -> Path:
+    zarr.create_group(folder)
+    return folder / "zarr.json"
+
+
+def _describe(folder: Path, key: str, shapes: Shapes) -> Path:
+    """Write what describes an array; the ranks write into it."""
+    whole, local, dtype = shapes
+    zarr.create_array(
+        folder / key,
+        shape=whole,
+        shards=local,
+        chunks=_chunk(local, dtype.itemsize),
+        dtype=str(_plain(torch.empty(0, dtype=dtype)).dtype),
+        compressors=None,
+        fill_value=0,
+        attributes={"dtype": str(dtype).removeprefix("torch.")},
+        config=_ALWAYS,
+    )
+    return folder / key / "zarr.json"
 
 
 def _chunk(shard: tuple[int, ...], itemsize: int) -> tuple[int, ...]:

@@ -62,8 +62,7 @@ class Kill:
     @property
     def options(self) -> list[str]:
         """What the run is told."""
-        fmt = "zarr" if "zarr" in self.moment else "torch_dist" if "torch" in self.moment else "torch_dist zarr"
-        fmt = fmt.split()[self.time % len(fmt.split())]
+        fmt = "zarr" if "zarr" in self.moment or self.time % 4 == 0 else "torch_dist"
         return [f"checkpoint.format={fmt}", f"checkpoint.async_save={str(self.in_writer).lower()}"]
 
 
