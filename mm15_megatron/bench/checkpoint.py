@@ -125,7 +125,9 @@ class Bench:
             torch.cuda.synchronize()
         return time.perf_counter() - began
 
-    def _meet(self) -> None:
+    def _meet(self, *, quiet_disk: bool = False) -> None:
+        if quiet_disk:  # what others wrote before must not be written while this one is timed
+            os.sync()
         torch.distributed.barrier()
 
     def _slowest(self, seconds: float) -> float:
@@ -137,7 +139,7 @@ class Bench:
         """A save for which the training waits, and a load of what it wrote."""
         way, marks = self._measured.ways[fmt], [("snapshot", 0.0)]
         self._measured.quiet_steps.append(self._slowest(self._step()))
-        self._meet()
+        self._meet(quiet_disk=True)
         began = time.perf_counter()
         snapshot = self._snapshot(fmt)
         write_snapshot(snapshot, tell=lambda phase: marks.append((phase, time.perf_counter() - began)))
@@ -166,7 +168,7 @@ class Bench:
         """A save beside which the training goes on."""
         way = self._measured.ways[f"{fmt}, async"]
         self._step()
-        self._meet()
+        self._meet(quiet_disk=True)
         began = time.perf_counter()
         writer.submit(self._snapshot(fmt))
         way.blocked.append(self._slowest(time.perf_counter() - began))
@@ -178,16 +180,18 @@ class Bench:
         way.seconds.append(self._slowest(written.seconds))
 
     def _peer(self, name: str, write: Callable[[dict[str, torch.Tensor], Path], None]) -> None:
-        """Write this rank's tensors into one file of its own."""
+        """Write this rank's tensors into one file of its own beside the one before, which goes then, as ours do."""
         way = self._measured.ways[name]
         tensors = {key: tensor.data for key, tensor in self._snapshot("torch_dist").tensors.items()}
-        path = self._folder / f"peer_{torch.distributed.get_rank()}"
-        self._meet()
+        path = self._folder / f"{name.replace(' ', '_')}_{torch.distributed.get_rank()}"
+        new = path.with_suffix(".new")
+        self._step()  # as before ours: a virtual machine takes back memory that nobody has used for a while
+        self._meet(quiet_disk=True)
         began = time.perf_counter()
-        write(tensors, path)
+        write(tensors, new)
         way.seconds.append(self._slowest(time.perf_counter() - began))
         way.blocked.append(way.seconds[-1])
-        path.unlink()
+        new.replace(path)
 
 
 def _write_bare(tensors: dict[str, torch.Tensor], path: Path) -> None:
