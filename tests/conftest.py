@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
+from collections.abc import Callable
 
 import pytest
 
@@ -23,6 +24,16 @@ def pytest_configure(config: pytest.Config) -> None:
 def table(request: pytest.FixtureRequest) -> dict[str, list[str]]:
     """Tables by title; append lines to one and they are printed when the run ends."""
     return request.config.stash[TABLES]
+
+
+@pytest.fixture
+def fault_matrix(table: dict[str, list[str]]) -> Callable[[str, str, str], None]:
+    """Adds a line to the table of faults: what was done, at which moment, and what was seen to come of it."""
+
+    def add(fault: str, moment: str, outcome: str) -> None:
+        table.setdefault("fault matrix (fault, moment, outcome)", []).append(f"{fault:34} {moment:34} {outcome}")
+
+    return add
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:

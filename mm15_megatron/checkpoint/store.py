@@ -169,8 +169,11 @@ def _moments_of(cfg: RunConfig) -> str:
     return f"adafactor with{'out' if cfg.optimizer.adafactor_beta1 is None else ''} momentum"
 
 
-def check_files(checkpoint: Checkpoint) -> None:
+def check_files(checkpoint: Checkpoint) -> int:
     """Hold every file of a checkpoint against its proof, each on one rank (every rank must call).
+
+    Returns:
+        How many there are.
 
     Raises:
         CheckpointError: files are missing or changed; names them, and the newest older checkpoint that is whole.
@@ -187,6 +190,7 @@ def check_files(checkpoint: Checkpoint) -> None:
             f"{checkpoint.folder} is damaged: {listing(problems)}",
             fix=offer if older else "no older checkpoint is whole: restore these files from a copy",
         )
+    return len(proof.files)
 
 
 def _newest_whole(damaged: Path) -> str:
@@ -207,17 +211,20 @@ def load_training(
     cfg: RunConfig,
     chunks: Sequence[DistributedDataParallel],
     optimizer: MegatronOptimizer,
-) -> None:
+) -> int:
     """Put a checkpoint's weights and optimizer state into a freshly built model (every rank must call).
 
     The layout, megatron-core's class of the optimizer and the dtype may differ from those of the run that saved it.
+
+    Returns:
+        How many files were checked and are what they were.
 
     Raises:
         CheckpointError: it holds another model or optimizer, lacks or adds tensors, or is damaged.
     """
     check_same_model(checkpoint, cfg)
     check_same_optimizer(checkpoint, cfg)
-    check_files(checkpoint)
+    checked = check_files(checkpoint)
     tensors = checkpoint.tensors
     wanted = schema.training_to_load(chunks, optimizer, optimizer_step=checkpoint.optimizer_step)
     expected = schema.expected_shapes(chunks, wanted.tensors)
@@ -227,6 +234,7 @@ def load_training(
     loaded = checkpoint.format.load_tensors({**wanted.tensors, **scaling.tensors}, tensors)
     scaling.restore(loaded)  # first: weights kept in FP8 are cast by these scales
     wanted.restore(loaded)
+    return checked
 
 
 def load_weights(checkpoint: Checkpoint, cfg: RunConfig, chunks: Sequence[nn.Module]) -> None:

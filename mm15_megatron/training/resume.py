@@ -89,7 +89,7 @@ def choose_start(cfg: RunConfig, checkpoint: Checkpoint | None) -> Checkpoint | 
 
 
 def resume_block(
-    cfg: RunConfig, checkpoint: Checkpoint | None, *, state: TrainState, start: Start | None = None
+    cfg: RunConfig, checkpoint: Checkpoint | None, *, state: TrainState, start: Start | None = None, checked: int = 0
 ) -> str:
     """Return the decision, what it rests on and what has changed, as lines of text.
 
@@ -98,6 +98,7 @@ def resume_block(
         checkpoint: what it resumes from; None = a fresh start.
         state: where it stands.
         start: where the weights of a fresh start came from; None = random ones.
+        checked: files of the checkpoint that were held against its proof.
     """
     lines = [
         "resume decision",
@@ -110,6 +111,7 @@ def resume_block(
         f"  decision           go on from {checkpoint.folder.name}, named by the tracker",
         f"  position           step {state.step}, {state.consumed} {cfg.data.batch_unit} consumed, "
         f"{checkpoint.optimizer_step} updates applied",
+        f"  files              {checked} checked: size and SHA-256 are what they were when it was saved",
         f"  data order         digest {checkpoint.data_digest[:12]}, unchanged",
         f"  written by         {_written_by(checkpoint)}",
     ]

@@ -143,10 +143,9 @@ class Run:
         parts = _build_parts(cfg, topology)
         if parts.graphs is not None:
             stack.callback(parts.graphs.close)
-        if checkpoint is not None:
-            load_training(checkpoint, cfg, parts.chunks, parts.optimizer)
+        checked = 0 if checkpoint is None else load_training(checkpoint, cfg, parts.chunks, parts.optimizer)
         start = None if source is None else start_from(source, cfg, parts.chunks, parts.optimizer)
-        decision = resume_block(cfg, checkpoint, state=state, start=start)
+        decision = resume_block(cfg, checkpoint, state=state, start=start, checked=checked)
         feed = Feed(loader, Watchdog.of_run(cfg), held_out)
         return cls._open_outputs(cfg, parts, feed, state, decision, origins, stack)
 

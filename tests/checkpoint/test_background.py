@@ -147,8 +147,11 @@ def _train_with_dying_writer(cfg: RunConfig, phase: str) -> list[str]:
     return told
 
 
-@pytest.mark.parametrize("phase", PHASES)
-def test_a_writer_that_is_killed(phase: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "phase",
+    [pytest.param(one, marks=() if one in ("tensors", "tracker", "retention") else pytest.mark.soak) for one in PHASES],
+)
+def test_a_writer_that_is_killed(phase: str, tmp_path: Path, fault_matrix: Callable[[str, str, str], None]) -> None:
     """The rank says so, and the run goes on from the last checkpoint that is whole."""
     cfg = _config(tmp_path, keep=1)
     first, second = run_on_ranks(_train_with_dying_writer, 2, cfg=parse_layout("dp2").apply(cfg), phase=phase)
@@ -158,6 +161,7 @@ def test_a_writer_that_is_killed(phase: str, tmp_path: Path) -> None:
     found = open_latest(tmp_path)
     assert found is not None
     assert found.step == PHASES[phase]
+    fault_matrix("kill -9 of rank 0's writer", f"asynchronous save of step 2: {phase}", f"step {found.step} is loaded")
     run_on_ranks(_resume, 1, cfg=cfg, step=found.step)
     run_on_ranks(_save_once, 1, cfg=cfg)
     names = sorted(path.name for path in checkpoints_folder(tmp_path).iterdir())
@@ -191,7 +195,9 @@ def _sleep_in_proof(notes: str) -> None:
     save._prove = sleeping
 
 
-def test_a_rank_that_is_killed_takes_its_writer_with_it(tmp_path: Path) -> None:
+def test_a_rank_that_is_killed_takes_its_writer_with_it(
+    tmp_path: Path, fault_matrix: Callable[[str, str, str], None]
+) -> None:
     """Nothing is published, and no process stays behind."""
     notes = tmp_path / "notes"
     notes.mkdir()
@@ -205,6 +211,7 @@ def test_a_rank_that_is_killed_takes_its_writer_with_it(tmp_path: Path) -> None:
     while any(map(_lives, writers)):
         assert time.monotonic() < deadline, "a writer stays behind"
         time.sleep(0.1)
+    fault_matrix("kill -9 of rank 1", "while its writer writes", f"nothing published, {len(writers)} writers gone")
 
 
 def _lives(pid: int) -> bool:

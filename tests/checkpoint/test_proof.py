@@ -121,7 +121,9 @@ def damaged(two_checkpoints: Path) -> Iterator[Path]:
 
 @pytest.mark.parametrize("kind", DAMAGE)
 @pytest.mark.parametrize("name", ["tensors/__1_0.distcp", "tensors/.metadata", "tensors/common.pt"])
-def test_damage_is_named_and_the_checkpoint_before_it_offered(name: str, kind: str, damaged: Path) -> None:
+def test_damage_is_named_and_the_checkpoint_before_it_offered(
+    name: str, kind: str, damaged: Path, fault_matrix: Callable[[str, str, str], None]
+) -> None:
     damage, said = DAMAGE[kind]
     damage(damaged / name)
     cfg = _config(damaged.parents[1])
@@ -132,6 +134,7 @@ def test_damage_is_named_and_the_checkpoint_before_it_offered(name: str, kind: s
     assert f"{damaged} is damaged: {name} " in error.problem
     assert said in error.problem
     assert error.fix.startswith(f"write step_00000001 into {damaged.parent / 'latest'}")
+    fault_matrix(f"{kind} {name}", "load", "named, step_00000001 offered")
 
 
 def test_no_checkpoint_is_whole(damaged: Path) -> None:
@@ -275,7 +278,9 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.mark.parametrize("kind", ["torch_dist", "zarr"])
-def test_a_full_disk_costs_no_checkpoint(kind: str, small_disk: Path) -> None:
+def test_a_full_disk_costs_no_checkpoint(
+    kind: str, small_disk: Path, fault_matrix: Callable[[str, str, str], None]
+) -> None:
     cfg = change(_config(small_disk), checkpoint={"keep": 0, "format": kind})
     with pytest.raises(RankFailure, match=r"step \d+ could not be saved: .*MiB are free there") as failed:
         run_on_ranks(_train_and_save, 2, cfg=cfg, steps=20)
@@ -286,6 +291,7 @@ def test_a_full_disk_costs_no_checkpoint(kind: str, small_disk: Path) -> None:
     assert names[-1] == (folder / "latest").read_text().strip()
     assert not [name for name in names if name.startswith(".")]
     run_on_ranks(_load, 1, cfg=cfg, folder=str(folder / names[-1]))
+    fault_matrix(f"full disk, {kind}", f"save behind {names[-1]}", f"{names[-1]} is loaded, nothing else stays")
 
 
 def test_samples_hold_copies(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -82,7 +83,12 @@ def _rank(process: psutil.Process, number: int) -> psutil.Process:
     ids=["killed", "stopped"],
 )
 def test_torchrun_starts_the_job_again(
-    fault: signal.Signals, layout: list[str], arguments: list[str], straight: list[float], tmp_path: Path
+    fault: signal.Signals,
+    layout: list[str],
+    arguments: list[str],
+    straight: list[float],
+    tmp_path: Path,
+    fault_matrix: Callable[[str, str, str], None],
 ) -> None:
     """A rank is killed, or stands still, in a step: every loss behind the checkpoint is bitwise what it was before."""
     run_dir, log = tmp_path / "run", tmp_path / "log"
@@ -100,6 +106,8 @@ def test_torchrun_starts_the_job_again(
     assert found[: len(seen)] == seen
     assert found == pytest.approx(straight, abs=FP32_DRIFT)
     assert psutil.wait_procs(helpers, timeout=30)[1] == [], "nobody stays behind"
+    outcome = f"started again, {len(seen)} losses bitwise as before, {STEPS} as undisturbed"
+    fault_matrix(f"{fault.name} of rank 1 (torchrun)", f"behind step {len(seen)}", outcome)
     if fault == signal.SIGSTOP:
         assert f", process {rank.pid}) says nothing: it is stopped or dead" in text
         assert len(list((run_dir / "hangs").glob("*/report.txt"))) == 1
@@ -107,7 +115,9 @@ def test_torchrun_starts_the_job_again(
 
 @pytest.mark.soak
 @pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
-def test_slurm_starts_the_job_again(arguments: list[str], straight: list[float], tmp_path: Path) -> None:
+def test_slurm_starts_the_job_again(
+    arguments: list[str], straight: list[float], tmp_path: Path, fault_matrix: Callable[[str, str, str], None]
+) -> None:
     """A rank of train.sbatch is killed: the script requeues its job, which ends as one process does."""
     run_dir, log = tmp_path / "run", tmp_path / "job.out"
     with cluster(tmp_path / "slurm") as slurm:
@@ -124,6 +134,7 @@ def test_slurm_starts_the_job_again(arguments: list[str], straight: list[float],
         wait_for(lambda: len(metrics.read_text().splitlines()) == STEPS, seconds=180, what="the last step", log=log)
     assert "a rank hung or was killed (code 137); requeueing" in log.read_text()
     assert losses(run_dir)[: len(seen)] == seen
+    fault_matrix("kill -9 of rank 1 (Slurm)", f"behind step {len(seen)}", "requeued, losses bitwise as before")
     assert losses(run_dir) == pytest.approx(straight, abs=FP32_DRIFT)
 
 

@@ -131,14 +131,14 @@ def _drawn(count: int) -> list[Kill]:
     ],
 )
 def test_killed_again_and_again(
-    kills: Sequence[Kill], arguments: Arguments, tmp_path: Path, table: dict[str, list[str]]
+    kills: Sequence[Kill], arguments: Arguments, tmp_path: Path, fault_matrix: Callable[[str, str, str], None]
 ) -> None:
     """Every step of the run that got through is bitwise the undisturbed run's, and each start goes on where it must."""
     run_dir, log = tmp_path / "run", tmp_path / "log"
     shared = ["schedule.decay_steps=2000", "train.global_batch_size=4", "train.micro_batch_size=2"]
     shared += ["checkpoint.save_interval=1", "checkpoint.keep=2"]
     argv = arguments(*shared, "train.steps=2000")
-    tracker, saved, rows, moments = 0, 0, [], Counter()
+    tracker, saved, moments = 0, 0, Counter()
     for kill in kills:
         with pytest.raises(RankFailure):
             run_on_ranks(_run, 2, argv=[*argv, *kill.options], kill=kill, log=str(log))
@@ -150,8 +150,8 @@ def test_killed_again_and_again(
         saved += tracker - before
         moments[kill.moment] += 1
         who = f"{'writer of ' if kill.in_writer else ''}rank {kill.rank}"
-        rows.append(f"{kill.moment:22} no. {kill.time:3}, {who:17} step {before:4} -> {tracker:4}")
-    table["kill -9 (moment, of whom, tracker before and after)"] = rows
+        outcome = f"tracked: step {before} -> {tracker}, whole"
+        fault_matrix(f"kill -9 of {who}", f"{kill.moment}, no. {kill.time}", outcome)
     steps = tracker + 5
     assert run_arguments(arguments(*shared, f"train.steps={steps}"), world_size=2)[0] == 0
     assert run_arguments(arguments(*shared, f"train.steps={steps}", run_dir="straight"), world_size=2)[0] == 0

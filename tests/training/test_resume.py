@@ -44,8 +44,9 @@ def test_going_on(tmp_path: Path) -> None:
     assert choose_checkpoint(_config(tmp_path, "required")) is not None
     found = choose_checkpoint(cfg)
     assert found is not None
-    block = resume_block(change(cfg, train={"steps": 21}), found, state=TrainState(7, 56, 1, LEDGER))
+    block = resume_block(change(cfg, train={"steps": 21}), found, state=TrainState(7, 56, 1, LEDGER), checked=9)
     assert "go on from step_00000007" in block
+    assert "files              9 checked: size and SHA-256" in block
     assert "step 7, 56 rows consumed, 6 updates applied" in block
     assert "8 ranks, tensor 4 x pipeline 1, torch 2.13" in block
     assert "train.steps: 20 -> 21" in block

@@ -78,7 +78,9 @@ def _lose_the_writer(run: Run) -> None:
     run.feed = _LosesTheWriter(run)
 
 
-def test_a_lost_writer_ends_the_run(arguments: Callable[..., list[str]], tmp_path: Path) -> None:
+def test_a_lost_writer_ends_the_run(
+    arguments: Callable[..., list[str]], tmp_path: Path, fault_matrix: Callable[[str, str, str], None]
+) -> None:
     """Every rank hears of it, and what was saved before stays."""
     argv = arguments("train.steps=100", "checkpoint.async_save=true", "checkpoint.save_interval=20")
     with pytest.raises(RankFailure, match=r"rank 1: the process that wrote the checkpoint of step \d+ ended with -9"):
@@ -86,3 +88,4 @@ def test_a_lost_writer_ends_the_run(arguments: Callable[..., list[str]], tmp_pat
     found = open_latest(tmp_path / "run")
     assert found is not None
     assert publish.published(found.folder.parent)[-1] == found.folder
+    fault_matrix("kill -9 of rank 1's writer", "between two saves", f"the run ends, step {found.step} stays tracked")

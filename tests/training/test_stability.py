@@ -115,7 +115,9 @@ class _PoisonedTwice(_Poisoned):
         return super().__next__() if self._run.state.step < 5 else Feed.__next__(self)
 
 
-def test_a_run_that_is_no_number_any_more_stops_saved(arguments: Callable[..., list[str]], tmp_path: Path) -> None:
+def test_a_run_that_is_no_number_any_more_stops_saved(
+    arguments: Callable[..., list[str]], tmp_path: Path, fault_matrix: Callable[[str, str, str], None]
+) -> None:
     argv = arguments("train.steps=9", "faults.max_skips_in_a_row=2")
     code, log = run_arguments(argv, world_size=2, prepare=_poison)
     assert code == EXIT_UNSTABLE
@@ -135,9 +137,14 @@ def test_a_run_that_is_no_number_any_more_stops_saved(arguments: Callable[..., l
     assert len(resumed) == len(straight) == 9
     for what in ("train/loss", "train/grad_norm", "train/skipped_steps"):
         assert [record[what] for record in resumed] == [record[what] for record in straight], what
+    fault_matrix(
+        "NaN in loss and gradients", "two steps in a row", f"code {EXIT_UNSTABLE}, saved; resumes as if skipped"
+    )
 
 
-def test_jumps_are_judged_alike_behind_a_resumption(arguments: Callable[..., list[str]], tmp_path: Path) -> None:
+def test_jumps_are_judged_alike_behind_a_resumption(
+    arguments: Callable[..., list[str]], tmp_path: Path, fault_matrix: Callable[[str, str, str], None]
+) -> None:
     """At a tiny rate losses only fluctuate: with a threshold of nearly nothing about half of them are jumps."""
     policy = ["faults.loss_spike=skip", "faults.loss_spike_window=8", "faults.loss_spike_threshold=0.000001"]
     policy += ["faults.max_skips_in_a_row=0", "optimizer.lr=1e-6", "optimizer.connector_lr=1e-6"]
@@ -152,6 +159,8 @@ def test_jumps_are_judged_alike_behind_a_resumption(arguments: Callable[..., lis
     assert 0 < expected[-1]["train/skipped_steps"] < 20
     assert [one["train/skipped_steps"] for one in found] == [one["train/skipped_steps"] for one in expected]
     assert [one["train/loss"] for one in found] == [one["train/loss"] for one in expected]
+    skipped = f"{expected[-1]['train/skipped_steps']:.0f} of 20 steps skipped, alike behind a resumption"
+    fault_matrix("losses that jump", "steps", skipped)
 
 
 def test_a_batch_without_targets_is_no_fault() -> None:

@@ -126,7 +126,9 @@ def _report_of(run_dir: Path) -> str:
 
 
 @pytest.mark.parametrize("layout", [["dp"], ["tp", "pp"]], ids="-".join)
-def test_rank_that_hangs_in_its_data(layout: list[str], arguments: Arguments, tmp_path: Path) -> None:
+def test_rank_that_hangs_in_its_data(
+    layout: list[str], arguments: Arguments, tmp_path: Path, fault_matrix: Callable[[str, str, str], None]
+) -> None:
     """It is named with its phase, its last collective and the documents it waits for; nobody stays."""
     sizes = {"tp": "parallel.tensor_model_parallel_size=2", "pp": "parallel.pipeline_model_parallel_size=2"}
     argv = arguments(SHORT, "train.steps=9", *(sizes[name] for name in layout if name in sizes))
@@ -145,9 +147,12 @@ def test_rank_that_hangs_in_its_data(layout: list[str], arguments: Arguments, tm
     assert sum(line.startswith("rank ") for line in rest) == world
     assert not any("waits for nobody" in line for line in rest), "one rank alone is odd"
     assert [record["step"] for record in records(tmp_path / "run")] == [1, 2]
+    fault_matrix(f"rank 1 of {world} sleeps", "step 3, data", f"all leave: {second.partition(' (last')[0][:60]}")
 
 
-def test_rank_that_stands_still(arguments: Arguments, tmp_path: Path) -> None:
+def test_rank_that_stands_still(
+    arguments: Arguments, tmp_path: Path, fault_matrix: Callable[[str, str, str], None]
+) -> None:
     """A stopped process says nothing; the other names its machine and process, and leaves."""
     stop = functools.partial(_stop_itself, rank=0, step=2)
     with pytest.raises(RankFailure):
@@ -156,6 +161,7 @@ def test_rank_that_stands_still(arguments: Arguments, tmp_path: Path) -> None:
     assert first == "the job hangs: 1 of 2 ranks reported"
     assert second.startswith("rank 0 (")
     assert second.endswith("says nothing: it is stopped or dead, or its machine is")
+    fault_matrix("SIGSTOP of rank 0 of 2", "step 2, data", f"rank 1 leaves: {second[:60]}")
 
 
 def _slow(run: Run) -> None:
