@@ -25,6 +25,7 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from torch import nn
+from torch.distributed import ProcessGroup
 
 from mm15_megatron.checkpoint.optimizer_state import (
     StateTensor,
@@ -102,14 +103,16 @@ def state_to_save(
     for chunk in chunks:
         if chunk.ddp_config.overlap_param_gather:
             gather_parameters(chunk)  # otherwise the next forward pass would fetch the last update
-    mine = _written_here(list(global_parameters(unwrapped(chunks))))
+    items = list(global_parameters(unwrapped(chunks)))
+    writers = _writers_of_copies(items)
+    mine = _written_here(items, writers)
     tensors = {}
     for item in mine.values():
         key = model_key(item.name)
         tensors[key] = _sharded(item, key, plain(item.parameter))
     for state in whole_states(optimizer, wanted=mine):
         item = mine[state.parameter]
-        if state.shape is not None and state.shape.split_dim is None and item.tensor_group.rank() != 0:
+        if state.shape is not None and state.shape.split_dim is None and writers[state.parameter] != _own(item):
             continue  # every tensor-parallel rank holds all of it
         key = optimizer_key(item.name, state.kind)
         tensors[key] = _sharded(item, key, state.tensor, shape=state.shape)
@@ -242,16 +245,37 @@ def expected_shapes(
     return shapes | {key: tuple(tensor.global_shape) for key, tensor in (requested or {}).items()}
 
 
-def _written_here(items: Sequence[GlobalParameter]) -> dict[nn.Parameter, GlobalParameter]:
+def _written_here(
+    items: Sequence[GlobalParameter], writers: Mapping[nn.Parameter, tuple[int, int]]
+) -> dict[nn.Parameter, GlobalParameter]:
     """Choose the parameters this rank writes: one writer a shard, spread by size over the ranks that hold it."""
-    owners = spread_by_size(items)
     return {
         item.parameter: item
         for item in items
-        if owners[item.parameter] == item.data_group.rank()
-        and not item.tied_copy
-        and (item.split_dim is not None or item.tensor_group.rank() == 0)
+        if not item.tied_copy
+        and writers[item.parameter][0] == item.data_group.rank()
+        and (item.split_dim is not None or writers[item.parameter] == _own(item))
     }
+
+
+def _writers_of_copies(items: Sequence[GlobalParameter]) -> dict[nn.Parameter, tuple[int, int]]:
+    """Say who writes of a parameter what is not split: the rank in its data group and the one in its tensor group.
+
+    An encoder that every tensor-parallel rank holds whole is most of it: no single rank should write it alone.
+    """
+    owners = spread_by_size(items)
+    writers: dict[nn.Parameter, tuple[int, int]] = {}
+    loads: dict[tuple[ProcessGroup, int], list[int]] = {}
+    for item in sorted(items, key=lambda i: (i.split_dim is not None, -i.parameter.numel(), i.name)):
+        owner = owners[item.parameter]
+        held = loads.setdefault((item.tensor_group, owner), [0] * item.tensor_group.size())
+        writers[item.parameter] = owner, held.index(min(held))
+        held[writers[item.parameter][1]] += 1 if item.split_dim is not None else item.parameter.numel()
+    return writers
+
+
+def _own(item: GlobalParameter) -> tuple[int, int]:
+    return item.data_group.rank(), item.tensor_group.rank()
 
 
 def _sharded(

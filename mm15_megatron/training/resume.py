@@ -5,7 +5,10 @@ Whatever resumes has its weights from its own checkpoint; ``checkpoint.init_from
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from mm15_megatron.checkpoint.publish import checkpoints_folder, published
 from mm15_megatron.checkpoint.start import Start, find_start
@@ -89,7 +92,13 @@ def choose_start(cfg: RunConfig, checkpoint: Checkpoint | None) -> Checkpoint | 
 
 
 def resume_block(
-    cfg: RunConfig, checkpoint: Checkpoint | None, *, state: TrainState, start: Start | None = None, checked: int = 0
+    cfg: RunConfig,
+    checkpoint: Checkpoint | None,
+    *,
+    state: TrainState,
+    start: Start | None = None,
+    checked: int = 0,
+    ranks: int = 1,
 ) -> str:
     """Return the decision, what it rests on and what has changed, as lines of text.
 
@@ -99,6 +108,7 @@ def resume_block(
         state: where it stands.
         start: where the weights of a fresh start came from; None = random ones.
         checked: files of the checkpoint that were held against its proof.
+        ranks: of this run.
     """
     lines = [
         "resume decision",
@@ -114,6 +124,8 @@ def resume_block(
         f"  files              {checked} checked: size and SHA-256 are what they were when it was saved",
         f"  data order         digest {checkpoint.data_digest[:12]}, unchanged",
         f"  written by         {_written_by(checkpoint)}",
+        f"  layout             {_layout_text(checkpoint.layout)}; now "
+        + _layout_text({"world_size": ranks, **asdict(cfg.parallel)}),
     ]
     if cfg.checkpoint.init_from:
         source = cfg.checkpoint.init_from
@@ -130,15 +142,23 @@ def _fresh_weights(cfg: RunConfig, start: Start | None) -> list[str]:
     named = "" if checkpoint.folder == Path(cfg.checkpoint.init_from) else ", named by the tracker"
     return [
         f"  weights            of {checkpoint.folder}, step {checkpoint.step}{named}",
-        f"  written by         {_written_by(checkpoint)}",
+        f"  written by         {_layout_text(checkpoint.layout)}, {_written_by(checkpoint)}",
         f"  interpolated       {', '.join(map(str, start.resized)) or 'nothing'}",
         "  fresh              optimizer (masters are the weights), step, counters, data order",
     ]
 
 
 def _written_by(checkpoint: Checkpoint) -> str:
-    layout = checkpoint.layout
-    return (
-        f"{layout['world_size']} ranks, tensor {layout['tensor_model_parallel_size']} x pipeline "
-        f"{layout['pipeline_model_parallel_size']}, " + ", ".join(f"{k} {v}" for k, v in checkpoint.versions.items())
-    )
+    return ", ".join(f"{k} {v}" for k, v in checkpoint.versions.items())
+
+
+def _layout_text(layout: Mapping[str, Any]) -> str:
+    """Ranks and the sizes that are not 1."""
+    sizes = {
+        "tensor": "tensor_model_parallel_size",
+        "pipeline": "pipeline_model_parallel_size",
+        "context": "context_parallel_size",
+        "experts": "expert_model_parallel_size",
+    }
+    split = [f"{name} {layout[option]}" for name, option in sizes.items() if layout.get(option, 1) > 1]
+    return ", ".join([f"{layout['world_size']} ranks", *split])

@@ -145,7 +145,8 @@ class Run:
             stack.callback(parts.graphs.close)
         checked = 0 if checkpoint is None else load_training(checkpoint, cfg, parts.chunks, parts.optimizer)
         start = None if source is None else start_from(source, cfg, parts.chunks, parts.optimizer)
-        decision = resume_block(cfg, checkpoint, state=state, start=start, checked=checked)
+        ranks = place.world_size
+        decision = resume_block(cfg, checkpoint, state=state, start=start, checked=checked, ranks=ranks)
         feed = Feed(loader, Watchdog.of_run(cfg), held_out)
         return cls._open_outputs(cfg, parts, feed, state, decision, origins, stack)
 

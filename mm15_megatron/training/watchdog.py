@@ -14,6 +14,7 @@ import socket
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -128,19 +129,9 @@ class Watchdog:
                 self._report(seen, spent)
 
     def _report(self, phase: _Phase, seconds: float) -> None:
-        """Write this rank's report, merge all if no lower rank does, and leave."""
-        stack, in_distributed = stack_of(sys._current_frames()[self._main])
-        report = RankReport(
-            self._rank,
-            phase.step,
-            phase.name,
-            seconds,
-            batch=self._batch(),
-            collectives=newest_collectives(),
-            stack=stack,
-            in_distributed=in_distributed,
-        )
+        """Write this rank's report, merge all if no lower rank does, and leave, whatever happens on the way."""
         try:
+            report = self._own_report(phase, seconds)
             self._folder.mkdir(parents=True, exist_ok=True)
             self._put(f"rank_{self._rank:05}.json", report.to_json())
             reports = self._collect()
@@ -150,8 +141,25 @@ class Watchdog:
                 sys.stderr.flush()
                 self._put("report.txt", text)
             self._wait_for(lambda: (self._folder / "report.txt").exists())  # launchers end all when one has ended
+        except BaseException:
+            sys.stderr.write(f"rank {self._rank} hangs in step {phase.step}, {phase.name}; its report failed:\n")
+            traceback.print_exc()
+            raise
         finally:
             os._exit(EXIT_HANG)
+
+    def _own_report(self, phase: _Phase, seconds: float) -> RankReport:
+        stack, in_distributed = stack_of(sys._current_frames()[self._main])
+        return RankReport(
+            self._rank,
+            phase.step,
+            phase.name,
+            seconds,
+            batch=self._batch(),
+            collectives=newest_collectives(),
+            stack=stack,
+            in_distributed=in_distributed,
+        )
 
     def _put(self, name: str, text: str) -> None:
         partial = self._folder / f".{name}"

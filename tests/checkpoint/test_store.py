@@ -10,6 +10,7 @@ import pytest
 
 from mm15_megatron.checkpoint.publish import begin, checkpoints_folder, publish
 from mm15_megatron.checkpoint.save import save_checkpoint
+from mm15_megatron.checkpoint.schema import state_to_save
 from mm15_megatron.checkpoint.store import (
     FORMAT_VERSION,
     check_same_model,
@@ -21,6 +22,7 @@ from mm15_megatron.config.dump import dump_flat
 from mm15_megatron.config.schema import RunConfig
 from mm15_megatron.errors import CheckpointError
 from mm15_megatron.parallel.topology import close_topology
+from mm15_megatron.parity.layouts import parse_layout
 from mm15_megatron.parity.ranks import RankFailure, run_on_ranks
 from mm15_megatron.parity.trace import build_parts
 
@@ -134,3 +136,24 @@ def test_unwritable_folder_is_one_error_on_every_rank(tmp_path: Path) -> None:
         RankFailure, match=r"(?s)rank 0.*CheckpointError: the checkpoint of step 1.*rank 1.*CheckpointError"
     ):
         run_on_ranks(_save_twice, 2, cfg=cfg)
+
+
+def _bytes_written(cfg: RunConfig) -> tuple[int, list[str]]:
+    """Bytes and keys of what this rank writes."""
+    parts = build_parts(cfg)
+    tensors = state_to_save(parts.chunks, parts.optimizer, topology=parts.topology).tensors
+    close_topology()
+    return sum(tensor.data.nbytes for tensor in tensors.values()), sorted(tensors)
+
+
+@pytest.mark.parametrize("layout", ["tp2", "tp2dp2", "tp2dp2-distopt"])
+def test_what_all_ranks_hold_is_written_by_all(layout: str) -> None:
+    """The encoder lies whole on each tensor-parallel rank: each writes a part of it, and nothing is written twice."""
+    chosen = parse_layout(layout)
+    written = run_on_ranks(_bytes_written, chosen.world_size, cfg=chosen.apply(debug_config()))
+    sizes = [size for size, _ in written]
+    assert max(sizes) < 1.25 * min(sizes), sizes
+    whole = [key for _, keys in written for key in keys if ".vision_encoder." in key]
+    assert len(whole) == len(set(whole))
+    by_rank = [sum(".vision_encoder." in key for key in keys) for _, keys in written]
+    assert all(by_rank), by_rank

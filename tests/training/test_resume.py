@@ -44,11 +44,14 @@ def test_going_on(tmp_path: Path) -> None:
     assert choose_checkpoint(_config(tmp_path, "required")) is not None
     found = choose_checkpoint(cfg)
     assert found is not None
-    block = resume_block(change(cfg, train={"steps": 21}), found, state=TrainState(7, 56, 1, LEDGER), checked=9)
+    block = resume_block(
+        change(cfg, train={"steps": 21}), found, state=TrainState(7, 56, 1, LEDGER), checked=9, ranks=2
+    )
     assert "go on from step_00000007" in block
     assert "files              9 checked: size and SHA-256" in block
     assert "step 7, 56 rows consumed, 6 updates applied" in block
-    assert "8 ranks, tensor 4 x pipeline 1, torch 2.13" in block
+    assert "written by         torch 2.13\n" in block
+    assert "layout             8 ranks, tensor 4; now 2 ranks\n" in block
     assert "train.steps: 20 -> 21" in block
 
 
@@ -107,7 +110,7 @@ def test_start_from_another_run(tmp_path: Path) -> None:
     table = ResizedTable("connector.position_embedding", stored_grid=4, grid=8, prefix_tokens=0, width=32)
     block = resume_block(asked, None, state=TrainState.start(LEDGER), start=Start(found, (table,)))
     assert f"weights            of {folder}, step 7, named by the tracker\n" in block
-    assert "written by         8 ranks, tensor 4 x pipeline 1, torch 2.13\n" in block
+    assert "written by         8 ranks, tensor 4, torch 2.13\n" in block
     assert "interpolated       connector.position_embedding 4 x 4 -> 8 x 8\n" in block
     named = change(cfg, checkpoint={"init_from": str(folder)})
     block = resume_block(named, None, state=TrainState.start(LEDGER), start=Start(found, ()))

@@ -24,7 +24,7 @@ from mm15_megatron.training.watchdog import hang_seconds
 from ..helpers.layouts import change, debug_config
 from .runs import records, run_arguments
 
-LIMIT = 6.0  # seconds: many times a step of the small model
+LIMIT = 10.0  # seconds: many times a step of the small model
 SHORT = f"faults.hang_timeout_minutes={LIMIT / 60}"
 ONE_STEP = ["train.steps=1", "schedule.warmup_steps=0"]
 Arguments = Callable[..., list[str]]
