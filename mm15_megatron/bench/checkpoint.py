@@ -184,7 +184,7 @@ class Bench:
         way = self._measured.ways[name]
         tensors = {key: tensor.data for key, tensor in self._snapshot("torch_dist").tensors.items()}
         path = self._folder / f"{name.replace(' ', '_')}_{torch.distributed.get_rank()}"
-        new = path.with_suffix(".new")
+        new = path.with_name(f"{path.name}.new")
         self._step()  # as before ours: a virtual machine takes back memory that nobody has used for a while
         self._meet(quiet_disk=True)
         began = time.perf_counter()

@@ -161,4 +161,5 @@ def _layout_text(layout: Mapping[str, Any]) -> str:
         "experts": "expert_model_parallel_size",
     }
     split = [f"{name} {layout[option]}" for name, option in sizes.items() if layout.get(option, 1) > 1]
-    return ", ".join([f"{layout['world_size']} ranks", *split])
+    ranks = layout["world_size"]
+    return ", ".join([f"{ranks} rank{'' if ranks == 1 else 's'}", *split])

@@ -149,7 +149,7 @@ def test_figures_and_validation(arguments: Arguments, tmp_path: Path) -> None:
     assert last["lr/language"] == pytest.approx(1e-4)  # the floor of 1e-3, reached at the last step
     code, log = run_arguments(arguments("train.steps=6", *validation))
     assert code == 0
-    assert re.search(r"written by +2 ranks, tensor 2 x pipeline 1", log)
+    assert re.search(r"layout +2 ranks, tensor 2; now 1 rank\n", log)
     assert "parallel.tensor_model_parallel_size: 2 -> 1" in log
     assert [record["step"] for record in records(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
     assert "nothing to do: the checkpoint has 6 of 6 steps" in run_arguments(arguments("train.steps=6"))[1]
