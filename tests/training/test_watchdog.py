@@ -92,32 +92,27 @@ def test_limit() -> None:
 # --- Real ranks
 
 
-def _hang_in_data(run: Run, *, rank: int, step: int) -> None:
-    """Have one rank hang when it asks for the first micro-batch of a step."""
+def _sleep() -> None:
+    time.sleep(1000)
+
+
+def _stop() -> None:
+    """Stop the whole process, its watchdog with it."""
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def _stuck_in_data(run: Run, *, rank: int, step: int, how: Callable[[], None]) -> None:
+    """Have one rank get stuck when it asks for the first micro-batch of a step."""
     if run.topology.place.rank != rank:
         return
     take = Loader.__next__
 
-    def hanging(loader: Loader) -> MMBatch:
+    def stuck(loader: Loader) -> MMBatch:
         if run.state.step + 1 == step:
-            time.sleep(1000)
+            how()
         return take(loader)
 
-    Loader.__next__ = hanging
-
-
-def _stop_itself(run: Run, *, rank: int, step: int) -> None:
-    """Have the process of one rank stop, its watchdog with it."""
-    if run.topology.place.rank != rank:
-        return
-    take = Loader.__next__
-
-    def stopping(loader: Loader) -> MMBatch:
-        if run.state.step + 1 == step:
-            os.kill(os.getpid(), signal.SIGSTOP)
-        return take(loader)
-
-    Loader.__next__ = stopping
+    Loader.__next__ = stuck
 
 
 def _report_of(run_dir: Path) -> str:
@@ -132,7 +127,7 @@ def test_rank_that_hangs_in_its_data(
     """It is named with its phase, its last collective and the documents it waits for; nobody stays."""
     sizes = {"tp": "parallel.tensor_model_parallel_size=2", "pp": "parallel.pipeline_model_parallel_size=2"}
     argv = arguments(SHORT, "train.steps=9", *(sizes[name] for name in layout if name in sizes))
-    hang = functools.partial(_hang_in_data, rank=1, step=3)
+    hang = functools.partial(_stuck_in_data, rank=1, step=3, how=_sleep)
     with pytest.raises(RankFailure, match="died without a word"):
         run_arguments(argv, world_size=4 if "pp" in layout else 2, prepare=hang)
     text = _report_of(tmp_path / "run")
@@ -143,7 +138,7 @@ def test_rank_that_hangs_in_its_data(
     assert "waits for nobody: step 3, data, for " in second
     assert "last was gloo:" in second
     assert any(line.startswith("  batch of rank 1: took nothing; next row ") for line in rest)
-    assert any("hanging" in line for line in rest), "the stack of the rank that hangs"
+    assert any("in _sleep" in line for line in rest), "the stack of the rank that hangs"
     assert sum(line.startswith("rank ") for line in rest) == world
     assert not any("waits for nobody" in line for line in rest), "one rank alone is odd"
     assert [record["step"] for record in records(tmp_path / "run")] == [1, 2]
@@ -154,7 +149,7 @@ def test_rank_that_stands_still(
     arguments: Arguments, tmp_path: Path, fault_matrix: Callable[[str, str, str], None]
 ) -> None:
     """A stopped process says nothing; the other names its machine and process, and leaves."""
-    stop = functools.partial(_stop_itself, rank=0, step=2)
+    stop = functools.partial(_stuck_in_data, rank=0, step=2, how=_stop)
     with pytest.raises(RankFailure):
         run_arguments(arguments(SHORT, "train.steps=9"), world_size=2, prepare=stop)
     first, second, *_ = _report_of(tmp_path / "run").splitlines()
