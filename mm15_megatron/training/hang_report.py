@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from types import FrameType
-from typing import Final
+from typing import Any, Final
 
 import torch
 
@@ -26,7 +26,7 @@ class Collective:
     """A collective that a rank entered.
 
     Attributes:
-        group: name and purpose of its process group.
+        group: name and purpose of its process group, and the backend.
         what: operation, its number in the group, and sizes.
         pending: whether it has not ended.
     """
@@ -96,18 +96,45 @@ def stack_of(frame: FrameType) -> tuple[tuple[str, ...], bool]:
     return lines, any(part in found[-1].filename for part in _WAITING)
 
 
-def newest_collectives() -> tuple[Collective, ...]:
-    """Return the newest collectives of each group from torch's flight recorder, newest last; none where it is off."""
-    dump = json.loads(torch._C._distributed_c10d._dump_fr_trace_json(True, False))
+def recorded_collectives() -> list[dict[str, Any]]:
+    """Return what torch's flight recorders hold, oldest first; nothing where they are off.
+
+    NCCL keeps a recorder of its own; gloo's is the one of all other backends.
+    """
+    found = torch._C._distributed_c10d
+    names = [name for name in ("_dump_fr_trace_json", "_dump_nccl_trace_json") if hasattr(found, name)]
+    entries = [entry for name in names for entry in json.loads(getattr(found, name)(True, False)).get("entries", [])]
+    return sorted(entries, key=lambda entry: int(entry["time_created_ns"]))
+
+
+def newest_collectives(entries: Sequence[Mapping[str, Any]]) -> tuple[Collective, ...]:
+    """Return the newest collectives of each group, newest last.
+
+    Args:
+        entries: from :func:`recorded_collectives`.
+    """
+    ended = {}
+    for entry in entries:  # operations with one number are one batch; NCCL tells its end to the last of them alone
+        ended[_batch_of(entry)] = entry["retired"]
     by_group: dict[str, list[Collective]] = {}
-    for entry in dump.get("entries", []):
-        number = entry["p2p_seq_id"] if entry["is_p2p"] else entry["collective_seq_id"]
+    for entry in entries:
+        group, _, number = _batch_of(entry)
         sizes = " and ".join("x".join(map(str, size)) or "a scalar" for size in entry["input_sizes"])
-        name = " ".join(part for part in entry["process_group"] if part)
-        what = f"{entry['profiling_name']} number {number}" + (f" of {sizes}" if sizes else "")
+        what = f"{_operation(entry)[1]} number {number}" + (f" of {sizes}" if sizes else "")
         # the group that was used last comes last
-        by_group[name] = [*by_group.pop(name, []), Collective(name, what, not entry["retired"])][-_SHOWN:]
+        by_group[group] = [*by_group.pop(group, []), Collective(group, what, not ended[_batch_of(entry)])][-_SHOWN:]
     return tuple(one for held in by_group.values() for one in held)
+
+
+def _batch_of(entry: Mapping[str, Any]) -> tuple[str, bool, int]:
+    """Its group and backend (each counts by itself), whether it is a transfer between two, and its number there."""
+    group = " ".join(part for part in entry["process_group"] if part) + f" ({_operation(entry)[0]})"
+    return group, entry["is_p2p"], entry["p2p_seq_id" if entry["is_p2p"] else "collective_seq_id"]
+
+
+def _operation(entry: Mapping[str, Any]) -> tuple[str, str]:
+    backend, _, name = entry["profiling_name"].partition(":")
+    return backend, name
 
 
 def odd_ranks(reports: Sequence[RankReport], *, places: Sequence[str]) -> dict[int, str]:
@@ -146,14 +173,17 @@ def _mismatched(reports: Sequence[RankReport], places: Sequence[str]) -> dict[in
 
 
 def merged_text(reports: Sequence[RankReport], *, places: Sequence[str]) -> str:
-    """Return one report of all ranks for people: the odd ones first, with all they said, then a line for each rank."""
+    """Return one report of all ranks for people: the odd ones first, with all they said, then a line for each rank.
+
+    Where none is odd, one speaks for all.
+    """
     odd = odd_ranks(reports, places=places)
     by_rank: Mapping[int, RankReport] = {report.rank: report for report in reports}
     lines = [f"the job hangs: {len(reports)} of {len(places)} ranks reported"]
     lines += [f"rank {rank} {why}" for rank, why in odd.items()]
     if not odd:
         lines.append("no rank differs from the others: all wait, or none does")
-    for rank in odd:
+    for rank in odd or [reports[0].rank]:
         if rank in by_rank:
             lines += _details(by_rank[rank])
     lines += [f"rank {one.rank} ({places[one.rank]}): {one.where}" for one in sorted(reports, key=lambda r: r.rank)]

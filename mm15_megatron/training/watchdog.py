@@ -25,7 +25,13 @@ from typing import Final, TypeVar
 import torch
 
 from mm15_megatron.config.schema import RunConfig
-from mm15_megatron.training.hang_report import RankReport, merged_text, newest_collectives, stack_of
+from mm15_megatron.training.hang_report import (
+    RankReport,
+    merged_text,
+    newest_collectives,
+    recorded_collectives,
+    stack_of,
+)
 from mm15_megatron.utils.ranks import gathered_objects, on_rank_zero
 
 EXIT_HANG: Final = 4
@@ -34,7 +40,8 @@ EXIT_HANG: Final = 4
 _SHARE_OF_COLLECTIVES: Final = 0.8  # of the time after which a collective itself gives up
 _LOOKS_EVERY: Final = 0.25  # seconds
 _JOINS_AFTER: Final = 0.25  # of the limit, from when a rank looks for reports of others
-_PATIENCE: Final = 15.0  # seconds for the reports of the others
+_PATIENCE: Final = (15.0, 60.0)  # seconds for the reports of the others: at least and at most
+_SHARE_OF_PATIENCE: Final = 0.2  # of the limit: machines may see a new file of a shared file system late
 
 T = TypeVar("T")
 
@@ -49,11 +56,10 @@ def hang_seconds(cfg: RunConfig) -> float:
 
 @dataclass(frozen=True)
 class _Phase:
-    """What a rank does, in which step, and whether it may last."""
+    """What a rank does, and in which step; what it does before the first may last."""
 
     step: int
     name: str
-    may_last: bool
 
 
 class Watchdog:
@@ -69,7 +75,7 @@ class Watchdog:
     def __init__(self, folder: Path, *, rank: int, places: list[str], seconds: float) -> None:
         self._folder, self._rank, self._places, self._limit = folder, rank, places, seconds
         self._main = threading.main_thread().ident or 0
-        self._phase = _Phase(0, "start", may_last=True)
+        self._phase = _Phase(0, "not begun")
         self._batch: Callable[[], str] = lambda: "none yet"
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -101,11 +107,11 @@ class Watchdog:
     def step(self, number: int, *, batch: Callable[[], str]) -> None:
         """Say that a step begins, and who can tell what its batch is made of."""
         self._batch = batch
-        self._phase = _Phase(number, "start", may_last=False)
+        self._phase = _Phase(number, "start")
 
-    def enter(self, phase: str, *, may_last: bool = False) -> None:
-        """Say that the rank begins something, which counts anew; ``may_last`` if somebody else limits its time."""
-        self._phase = _Phase(self._phase.step, phase, may_last)
+    def enter(self, phase: str) -> None:
+        """Say that the rank begins something, which counts anew."""
+        self._phase = _Phase(self._phase.step, phase)
 
     def watched(self, batches: Iterable[T], *, phase: str) -> Iterator[T]:
         """Yield ``batches``; each counts anew."""
@@ -124,7 +130,7 @@ class Watchdog:
             last = now
             if self._phase is not seen:
                 seen, spent = self._phase, 0.0
-            overdue = spent > self._limit and not seen.may_last
+            overdue = spent > self._limit and seen.step > 0
             if overdue or (spent > _JOINS_AFTER * self._limit and self._folder.exists()):
                 self._report(seen, spent)
 
@@ -156,7 +162,7 @@ class Watchdog:
             phase.name,
             seconds,
             batch=self._batch(),
-            collectives=newest_collectives(),
+            collectives=newest_collectives(recorded_collectives()),
             stack=stack,
             in_distributed=in_distributed,
         )
@@ -174,8 +180,8 @@ class Watchdog:
     def _written(self) -> list[Path]:
         return sorted(self._folder.glob("rank_*.json"))
 
-    @staticmethod
-    def _wait_for(ready: Callable[[], bool]) -> None:
-        deadline = time.monotonic() + _PATIENCE
+    def _wait_for(self, ready: Callable[[], bool]) -> None:
+        least, most = _PATIENCE
+        deadline = time.monotonic() + min(max(_SHARE_OF_PATIENCE * self._limit, least), most)
         while not ready() and time.monotonic() < deadline:
             time.sleep(_LOOKS_EVERY)

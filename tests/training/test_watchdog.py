@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import pytest
 from mm15_megatron.batch import MMBatch
 from mm15_megatron.data.loader import Loader
 from mm15_megatron.parity.ranks import RankFailure
-from mm15_megatron.training.hang_report import Collective, RankReport, merged_text, odd_ranks
+from mm15_megatron.training.hang_report import Collective, RankReport, merged_text, newest_collectives, odd_ranks
 from mm15_megatron.training.run import Run
 from mm15_megatron.training.watchdog import hang_seconds
 
@@ -73,7 +74,37 @@ def test_collectives_that_do_not_match() -> None:
     assert odd == {2: "(c) is in sum 3 of dp, most of its members in sum 4"}
     alike = [_report(rank, _in("dp", "sum 4")) for rank in (0, 1)]
     assert odd_ranks(alike, places=["a", "b"]) == {}
-    assert "no rank differs from the others" in merged_text(alike, places=["a", "b"])
+    text = merged_text(alike, places=["a", "b"])
+    assert "\nno rank differs from the others: all wait, or none does\n  batch of rank 0: took row 3\n" in text
+
+
+def _recorded(name: str, number: int, *, retired: bool, p2p: bool = False) -> dict[str, object]:
+    """An entry as torch's flight recorders write it."""
+    numbers = {"p2p_seq_id": number if p2p else 9, "collective_seq_id": 9 if p2p else number}
+    group = {"process_group": ["3", "pp"], "input_sizes": [[4, 2]]}
+    return {"profiling_name": name, "is_p2p": p2p, "retired": retired, **numbers, **group}
+
+
+def test_what_the_recorders_say() -> None:
+    """Backends count apart; of a batch of transfers only the last entry hears of its end."""
+    batch = [
+        _recorded("nccl:send 0->1", 7, retired=False, p2p=True),
+        _recorded("nccl:recv 0<-1", 7, retired=False, p2p=True),
+    ]
+    entries = [
+        _recorded("gloo:barrier", 5, retired=True),
+        *batch,
+        _recorded("nccl:coalesced", 7, retired=True, p2p=True),
+        _recorded("nccl:all_reduce", 5, retired=False),
+    ]
+    found = newest_collectives(entries)
+    assert found == (
+        Collective("3 pp (gloo)", "barrier number 5 of 4x2", False),
+        Collective("3 pp (nccl)", "recv 0<-1 number 7 of 4x2", False),
+        Collective("3 pp (nccl)", "coalesced number 7 of 4x2", False),
+        Collective("3 pp (nccl)", "all_reduce number 5 of 4x2", True),
+    )
+    assert all(one.pending for one in newest_collectives(batch))
 
 
 def test_a_report_survives_its_file() -> None:
@@ -136,7 +167,7 @@ def test_rank_that_hangs_in_its_data(
     assert first == f"the job hangs: {world} of {world} ranks reported"
     assert second.startswith("rank 1 (")
     assert "waits for nobody: step 3, data, for " in second
-    assert "last was gloo:" in second
+    assert re.search(r"\(last was \w+ number \d+.* \(gloo\)\)$", second), second
     assert any(line.startswith("  batch of rank 1: took nothing; next row ") for line in rest)
     assert any("in _sleep" in line for line in rest), "the stack of the rank that hangs"
     assert sum(line.startswith("rank ") for line in rest) == world
@@ -157,6 +188,24 @@ def test_rank_that_stands_still(
     assert second.startswith("rank 0 (")
     assert second.endswith("says nothing: it is stopped or dead, or its machine is")
     fault_matrix("SIGSTOP of rank 0 of 2", "step 2, data", f"rank 1 leaves: {second[:60]}")
+
+
+def _stop_the_writer(run: Run) -> None:
+    """Stop the process that writes beside the training; whoever waits for it waits for ever."""
+    assert run.saver._background is not None
+    os.kill(run.saver._background._process.pid, signal.SIGSTOP)
+
+
+def test_writer_that_stands_still(
+    arguments: Arguments, tmp_path: Path, fault_matrix: Callable[[str, str, str], None]
+) -> None:
+    """A file system that never answers: the run does not wait for it for ever."""
+    argv = arguments(SHORT, "train.steps=1", "schedule.warmup_steps=0", "checkpoint.async_save=true")
+    with pytest.raises(RankFailure, match="died without a word"):
+        run_arguments(argv, prepare=_stop_the_writer)
+    text = _report_of(tmp_path / "run")
+    assert "step 1, save: wait for the writer, for " in text
+    fault_matrix("SIGSTOP of the writer", "asynchronous save of step 1", "all leave: save: wait for the writer")
 
 
 def _slow(run: Run) -> None:
