@@ -21,6 +21,7 @@ import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 
+from mm15_megatron.checkpoint import publish
 from mm15_megatron.checkpoint.optimizer_state import Piece, StateTensor, pieces
 from mm15_megatron.checkpoint.schema import model_key, optimizer_key, unwrapped
 from mm15_megatron.errors import CheckpointError
@@ -83,7 +84,7 @@ class Proof:
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise CheckpointError(
                 f"{checkpoint / PROOF} cannot be read: {type(error).__name__}: {error}",
-                fix="name another checkpoint of the run in its `latest` file",
+                fix=publish.offer_before(checkpoint),
             ) from error
 
 
@@ -112,6 +113,11 @@ class Sample:
         return f"{self.key} {list(self.offset)} + {self.start}"
 
     @property
+    def moved(self) -> bool:
+        """Whether it is not one value throughout, as moments are that no gradient has ever reached."""
+        return bool((self.values != self.values[:1]).any())
+
+    @property
     def digest(self) -> str:
         """SHA-256 of the values."""
         return hashlib.sha256(self.values.contiguous().view(torch.uint8).numpy()).hexdigest()
@@ -123,7 +129,8 @@ class Samples:
 
     Attributes:
         read_back: parts that are compared with what is on disk.
-        moments: parts of the optimizer's state that move with every update, the same ones in every save.
+        moments: parts of the optimizer's state that move with every update: of the same parameter of each module in
+            every save.
     """
 
     read_back: tuple[Sample, ...]
@@ -154,8 +161,13 @@ def take_samples(
     ]
     for piece in _turn(held, round_number):
         found += _of_piece(piece, items[piece.parameter])
-    first = [sample for piece in held[:1] for sample in _of_piece(piece, items[piece.parameter])]
-    return Samples(tuple(found), tuple(sample for sample in first if not sample.key.endswith(".master")))
+    first = {_module_of(items[piece.parameter]): piece for piece in reversed(held)}
+    moments = [sample for piece in first.values() for sample in _of_piece(piece, items[piece.parameter])]
+    return Samples(tuple(found), tuple(s for s in moments if not s.key.endswith(".master") and s.moved))
+
+
+def _module_of(item: GlobalParameter) -> str:
+    return item.name.partition(".")[0]
 
 
 def _turn(members: Sequence[T], round_number: int) -> list[T]:
@@ -187,12 +199,17 @@ def _copy(live: torch.Tensor) -> torch.Tensor:
 
 
 def differing(samples: Sequence[Sample], read: ReadShard) -> list[str]:
-    """Read samples back and say which are not what was live, one clause each."""
+    """Read samples back and say which are not what was live, one clause each.
+
+    Args:
+        samples: from :func:`take_samples`.
+        read: reads shards; bytes that lie wrong on disk may have it raise anything.
+    """
     problems = []
     for sample in samples:
         try:
             stored = read(sample.key, sample.offset).reshape(-1)
-        except (OSError, KeyError, RuntimeError, EOFError) as error:
+        except Exception as error:  # noqa: BLE001
             problems.append(f"{sample.name} cannot be read back: {type(error).__name__}: {error}")
             continue
         part = stored[sample.start : sample.start + sample.values.numel()]
@@ -235,12 +252,15 @@ def damaged_files(checkpoint: Path, proof: Proof, *, names: Sequence[str]) -> li
     problems = []
     for name in names:
         path, expected = checkpoint / name, proof.files[name]
-        if not path.is_file():
-            problems.append(f"{name} is missing")
-        elif path.stat().st_size != expected.size:
-            problems.append(f"{name} has {path.stat().st_size} bytes instead of {expected.size}")
-        elif digest_of_file(path) != expected:
-            problems.append(f"{name} has another SHA-256: its content changed")
+        try:
+            if not path.is_file():
+                problems.append(f"{name} is missing")
+            elif path.stat().st_size != expected.size:
+                problems.append(f"{name} has {path.stat().st_size} bytes instead of {expected.size}")
+            elif digest_of_file(path) != expected:
+                problems.append(f"{name} has another SHA-256: its content changed")
+        except OSError as error:
+            problems.append(f"{name} cannot be read: {error.strerror or error}")
     return problems
 
 

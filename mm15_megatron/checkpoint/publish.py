@@ -2,13 +2,15 @@
 
     <run_dir>/checkpoints/step_00001234/   a published checkpoint
     <run_dir>/checkpoints/.writing_...     one being written; what a killed run left behind is never read and is removed
-    <run_dir>/checkpoints/latest           the tracker: the name of the checkpoint to resume from, moved last
+    <run_dir>/checkpoints/latest           the tracker: the name of the checkpoint to resume from, moved last; "none"
+                                           while the first is being written
 
 Nothing but the tracker decides what is loaded. These functions run on one rank; the caller keeps the others waiting.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import shutil
@@ -17,6 +19,8 @@ from pathlib import Path
 from mm15_megatron.errors import CheckpointError
 
 TRACKER = "latest"
+NOTHING_YET = "none"
+_LOG = logging.getLogger(__name__)
 _NAME = re.compile(r"step_(\d{8,})")
 _HIDDEN = (".writing_", ".removing_")
 
@@ -44,7 +48,7 @@ def published(folder: Path) -> list[Path]:
 
 
 def tracked(folder: Path) -> Path | None:
-    """Return the checkpoint that the tracker names; None where nothing was ever published.
+    """Return the checkpoint that the tracker names; None where none ever was tracked.
 
     Raises:
         CheckpointError: the tracker names no checkpoint or one that is gone, or is missing beside checkpoints.
@@ -56,6 +60,8 @@ def tracked(folder: Path) -> Path | None:
             raise CheckpointError(f"{folder} holds {', '.join(existing)} but no tracker file {TRACKER!r}", fix=choice)
         return None
     name = tracker.read_bytes().decode("utf-8", errors="replace").strip()
+    if name == NOTHING_YET:
+        return None
     if step_of_name(name) is None:
         raise CheckpointError(f"the tracker {tracker} holds {name[:80]!r}, not the name of a checkpoint", fix=choice)
     if name not in existing:
@@ -63,12 +69,25 @@ def tracked(folder: Path) -> Path | None:
     return folder / name
 
 
+def offer_before(checkpoint: Path) -> str:
+    """Return what to do about a published checkpoint that cannot be opened, as an imperative sentence."""
+    older = [path.name for path in published(checkpoint.parent) if path.name < checkpoint.name]
+    if not older:
+        return "no older checkpoint is there: restore the file from a copy"
+    return (
+        f"write {older[-1]} into {checkpoint.parent / TRACKER} to go on from the one before it, whose files are "
+        "checked when it is loaded"
+    )
+
+
 def begin(folder: Path, step: int) -> Path:
     """Remove what killed runs left half-written or half-removed and return an empty folder to write ``step`` into."""
     folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / TRACKER).exists() and not published(folder):
+        _move_tracker(folder, NOTHING_YET)  # killed before it is moved on, the run starts again
     for path in folder.iterdir():
         if path.name.startswith(_HIDDEN):
-            shutil.rmtree(path)
+            _discard(path)
     writing = folder / f"{_HIDDEN[0]}{name_of_step(step)}"
     writing.mkdir()
     return writing
@@ -88,7 +107,7 @@ def publish(writing: Path, *, step: int) -> Path:
     _sync(folder)
     _move_tracker(folder, final.name)
     if replaced is not None:
-        shutil.rmtree(replaced)
+        _discard(replaced)
     return final
 
 
@@ -99,7 +118,18 @@ def abandon(folder: Path, step: int) -> None:
 
 def remove(checkpoint: Path) -> None:
     """Delete a checkpoint; killed in between, it is already hidden from every reader."""
-    shutil.rmtree(_hide(checkpoint))
+    try:
+        _discard(_hide(checkpoint))
+    except OSError as error:
+        _LOG.warning("%s could not be removed: %s", checkpoint, error)
+
+
+def _discard(path: Path) -> None:
+    """Delete what no reader sees; what stays is tried again by the next save, and no reason to fail this one."""
+    try:
+        shutil.rmtree(path)
+    except OSError as error:
+        _LOG.warning("%s could not be removed: %s", path, error)
 
 
 def _hide(checkpoint: Path) -> Path:

@@ -7,6 +7,7 @@ processes beside it (``background.py``).
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -37,6 +38,8 @@ from mm15_megatron.config.schema import RunConfig
 from mm15_megatron.errors import CheckpointError
 from mm15_megatron.parallel.topology import Topology
 from mm15_megatron.utils.ranks import gathered_objects, on_rank_zero
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -93,11 +96,11 @@ def take_snapshot(
     return Snapshot(cfg, step, meta, state.tensors, samples)
 
 
-def _nobody(phase: str) -> None:
+def nobody(phase: str) -> None:
     """Tell nobody."""
 
 
-def write_snapshot(snapshot: Snapshot, *, tell: Callable[[str], None] = _nobody) -> Path:
+def write_snapshot(snapshot: Snapshot, *, tell: Callable[[str], None] = nobody) -> Path:
     """Write, prove, publish and track a checkpoint, then delete old ones (every rank must call, with its own part).
 
     Args:
@@ -167,7 +170,7 @@ def _prove(writing: Path, written: Sequence[Path], snapshot: Snapshot) -> None:
         problems = differing(samples.read_back, reader(writing / TENSORS))
         beside = [writing / CONFIG, writing / STATE] if torch.distributed.get_rank() == 0 else []
         found = {path.relative_to(writing).as_posix(): digest_of_file(path) for path in [*written, *beside]}
-    except OSError as error:  # of this rank alone: the others must hear of it
+    except Exception as error:  # noqa: BLE001 (wrong bytes raise anything, and the other ranks must hear of it)
         problems.append(f"{type(error).__name__}: {error}")
     shares = gathered_objects((problems, found, {sample.name: sample.digest for sample in samples.moments}))
     problems = [f"rank {number}: {one}" for number, share in enumerate(shares) for one in share[0]]
@@ -185,13 +188,25 @@ def _prove(writing: Path, written: Sequence[Path], snapshot: Snapshot) -> None:
 
 
 def _write_proof(writing: Path, proof: Proof) -> None:
-    previous = publish.tracked(writing.parent)
+    previous = _comparable(writing.parent)
     if previous is not None and is_stale(proof, Proof.read(previous)):
         raise CheckpointError(
             f"the optimizer's state of this step is bitwise that of {previous}, although updates were applied",
             fix="report this: a copy of an earlier state was about to be saved; the previous checkpoint is untouched",
         )
     (writing / PROOF).write_text(proof.to_json(), encoding="utf-8")
+
+
+def _comparable(folder: Path) -> Path | None:
+    """Return the tracked checkpoint; None where there is none, or none with a proof."""
+    try:
+        previous = publish.tracked(folder)
+        if previous is not None:
+            Proof.read(previous)
+    except CheckpointError as error:  # no reason to lose the state that is being saved
+        _LOG.warning("nothing to compare this checkpoint with: %s", error.problem)
+        return None
+    return previous
 
 
 def save_checkpoint(

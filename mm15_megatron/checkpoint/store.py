@@ -10,6 +10,7 @@ Random-number states are not stored: weights, data order and everything drawn wh
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ from mm15_megatron.checkpoint.proof import Proof, damaged_files, listing
 from mm15_megatron.config.dump import Difference, diff, load_flat, value_text
 from mm15_megatron.config.schema import RunConfig
 from mm15_megatron.errors import CheckpointError, ConfigError
-from mm15_megatron.utils.ranks import gathered_objects, on_rank_zero
+from mm15_megatron.utils.ranks import gathered_objects, on_every_rank, on_rank_zero
 
 FORMAT_VERSION = 1
 TENSORS, CONFIG, STATE = "tensors", "config.txt", "state.json"
@@ -109,7 +110,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     except (OSError, ValueError, TypeError, KeyError, ConfigError) as error:
         raise CheckpointError(
             f"{folder} is not a complete checkpoint: {type(error).__name__}: {error}",
-            fix="name another checkpoint of the run in its `latest` file",
+            fix=publish.offer_before(folder),
         ) from error
 
 
@@ -178,12 +179,9 @@ def check_files(checkpoint: Checkpoint) -> int:
     Raises:
         CheckpointError: files are missing or changed; names them, and the newest older checkpoint that is whole.
     """
-    proof = Proof.read(checkpoint.folder)
-    rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    mine = damaged_files(checkpoint.folder, proof, names=sorted(proof.files)[rank::ranks])
-    problems = [problem for share in gathered_objects(mine) for problem in share]
-    if problems:
-        older = on_rank_zero(lambda: _newest_whole(checkpoint.folder))
+    proof = on_every_rank(lambda: Proof.read(checkpoint.folder))
+    if problems := _damage(checkpoint.folder, proof):
+        older = _newest_whole(checkpoint.folder)
         tracker = checkpoint.folder.parent / publish.TRACKER
         offer = f"write {older} into {tracker} to go on from the newest one before it that is whole"
         raise CheckpointError(
@@ -193,15 +191,25 @@ def check_files(checkpoint: Checkpoint) -> int:
     return len(proof.files)
 
 
+def _damage(folder: Path, proof: Proof) -> list[str]:
+    """Hold every file against the proof, each on one rank; return what is wrong (every rank must call)."""
+    rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    mine = damaged_files(folder, proof, names=sorted(proof.files)[rank::ranks])
+    return [problem for share in gathered_objects(mine) for problem in share]
+
+
 def _newest_whole(damaged: Path) -> str:
-    """Return the name of the newest older checkpoint whose files are what they were; "" if there is none."""
-    older = [path for path in publish.published(damaged.parent) if path.name < damaged.name]
+    """Return the name of the newest older checkpoint whose files are what they were; "" if there is none.
+
+    Every rank must call.
+    """
+    older = on_rank_zero(lambda: [path for path in publish.published(damaged.parent) if path.name < damaged.name])
     for path in reversed(older):
         try:
-            proof = Proof.read(path)
+            proof = on_every_rank(functools.partial(Proof.read, path))
         except CheckpointError:
             continue
-        if not damaged_files(path, proof, names=sorted(proof.files)):
+        if not _damage(path, proof):
             return path.name
     return ""
 
@@ -228,7 +236,7 @@ def load_training(
     tensors = checkpoint.tensors
     wanted = schema.training_to_load(chunks, optimizer, optimizer_step=checkpoint.optimizer_step)
     expected = schema.expected_shapes(chunks, wanted.tensors)
-    stored = checkpoint.format.stored_shapes(tensors)
+    stored = on_every_rank(lambda: checkpoint.format.stored_shapes(tensors))
     check_contents(tensors, stored, expected, ignored_prefixes=(schema.FP8_PREFIX,))
     scaling = schema.amax_to_load(chunks, stored)
     loaded = checkpoint.format.load_tensors({**wanted.tensors, **scaling.tensors}, tensors)
@@ -247,7 +255,7 @@ def load_weights(checkpoint: Checkpoint, cfg: RunConfig, chunks: Sequence[nn.Mod
     check_files(checkpoint)
     tensors = checkpoint.tensors
     expected = schema.expected_shapes(chunks)
-    stored = checkpoint.format.stored_shapes(tensors)
+    stored = on_every_rank(lambda: checkpoint.format.stored_shapes(tensors))
     check_contents(tensors, stored, expected, ignored_prefixes=(schema.OPTIMIZER_PREFIX, schema.FP8_PREFIX))
     wanted = schema.weights_to_load(chunks)
     wanted.restore(checkpoint.format.load_tensors(wanted.tensors, tensors))

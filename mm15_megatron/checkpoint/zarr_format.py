@@ -24,7 +24,7 @@ from megatron.core.dist_checkpointing import ShardedTensor
 
 from mm15_megatron.checkpoint.contents import damaged
 from mm15_megatron.errors import CheckpointError
-from mm15_megatron.utils.ranks import gathered_objects, on_rank_zero
+from mm15_megatron.utils.ranks import gathered_objects, on_every_rank, on_rank_zero
 
 _CHUNK_BYTES: Final = 16 << 20
 _LEAST_BYTES: Final = 1 << 20
@@ -83,18 +83,12 @@ def stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
 
 
 def load_tensors(requests: Mapping[str, ShardedTensor], folder: Path) -> dict[str, torch.Tensor]:
-    """Read the requested slices, on the CPU, in the requested dtype.
+    """Read the requested slices, on the CPU, in the requested dtype (every rank must call).
 
     Raises:
-        CheckpointError: if files are damaged or gone.
+        CheckpointError: if files are damaged or gone, for any rank.
     """
-    try:
-        return {
-            key: _read(folder, key, tuple(one.global_offset), tuple(one.local_shape)).to(one.dtype)
-            for key, one in requests.items()
-        }
-    except _DAMAGE as error:
-        raise damaged(folder, f"{type(error).__name__}: {error}") from error
+    return on_every_rank(lambda: _load(requests, folder))
 
 
 class ShardReader:
@@ -119,6 +113,16 @@ class ShardReader:
         with _shard(self._folder, key, offset, shape).open("rb") as stream:
             os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         return _read(self._folder, key, offset, shape)
+
+
+def _load(requests: Mapping[str, ShardedTensor], folder: Path) -> dict[str, torch.Tensor]:
+    try:
+        return {
+            key: _read(folder, key, tuple(one.global_offset), tuple(one.local_shape)).to(one.dtype)
+            for key, one in requests.items()
+        }
+    except _DAMAGE as error:
+        raise damaged(folder, f"{type(error).__name__}: {error}") from error
 
 
 def _describe_group(folder: Path) -> Path:

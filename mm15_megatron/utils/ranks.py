@@ -29,6 +29,26 @@ def gathered_objects(mine: T) -> list[T]:
     return shares  # type: ignore[return-value]
 
 
+def on_every_rank(action: Callable[[], T]) -> T:
+    """Run ``action``, which calls no collective, on every rank; if it fails on any, every rank raises that error.
+
+    Raises:
+        MM15Error: whatever the action raised on the lowest rank where it did, with that rank's number.
+        OSError: likewise.
+    """
+    result, error = None, None
+    try:
+        result = action()
+    except (MM15Error, OSError) as raised:
+        error = raised
+    for rank, one in enumerate(gathered_objects(error)):
+        if isinstance(one, MM15Error):
+            raise type(one)(f"rank {rank}: {one.problem}", fix=one.fix) from error
+        if one is not None:
+            raise OSError(f"rank {rank}: {type(one).__name__}: {one}") from error
+    return result  # type: ignore[return-value]
+
+
 def on_rank_zero(action: Callable[[], T]) -> T:
     """Run ``action`` on rank 0 while the others wait; every rank returns its result or raises its error.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,16 +10,29 @@ from pathlib import Path
 import pytest
 import torch
 
+from mm15_megatron.checkpoint import proof as proof_module
 from mm15_megatron.checkpoint import save, schema, torch_dist
-from mm15_megatron.checkpoint.proof import Proof, Samples, StoredFile, digest_of_file, is_stale, take_samples
+from mm15_megatron.checkpoint.proof import (
+    Proof,
+    Sample,
+    Samples,
+    StoredFile,
+    damaged_files,
+    differing,
+    digest_of_file,
+    is_stale,
+    take_samples,
+)
 from mm15_megatron.checkpoint.publish import checkpoints_folder
 from mm15_megatron.checkpoint.save import save_checkpoint
 from mm15_megatron.checkpoint.store import check_files, load_training, load_weights, open_checkpoint
 from mm15_megatron.config.schema import RunConfig
 from mm15_megatron.errors import CheckpointError
+from mm15_megatron.parallel.batch_scatter import local_batch
 from mm15_megatron.parallel.topology import close_topology
 from mm15_megatron.parity.layouts import parse_layout
 from mm15_megatron.parity.ranks import RankFailure, run_on_ranks
+from mm15_megatron.parity.stream import Row, rank_batches, row_of
 from mm15_megatron.parity.trace import build_parts, micro_batches
 from mm15_megatron.training.step import StepParts, train_step
 
@@ -151,12 +165,31 @@ def test_no_checkpoint_is_whole(damaged: Path) -> None:
         other.write_bytes(content)
 
 
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk's error is damage like any other: the older checkpoint is offered for it."""
+    (tmp_path / "shard").write_bytes(b"12")
+    proof = Proof({"shard": StoredFile(2, "x")}, 1, {})
+
+    def fail(path: Path) -> StoredFile:
+        raise OSError(5, "Input/output error", str(path))
+
+    monkeypatch.setattr(proof_module, "digest_of_file", fail)
+    assert damaged_files(tmp_path, proof, names=["shard"]) == ["shard cannot be read: Input/output error"]
+
+
 @pytest.mark.parametrize("content", [None, "{", '{"files": 3, "optimizer_step": 1, "moments": {}}'])
 def test_the_proof_itself_is_damaged(content: str | None, tmp_path: Path) -> None:
+    folder = tmp_path / "step_00000003"
+    folder.mkdir()
     if content is not None:
-        (tmp_path / "proof.json").write_text(content)
-    with pytest.raises(CheckpointError, match=r"proof\.json cannot be read"):
-        Proof.read(tmp_path)
+        (folder / "proof.json").write_text(content)
+    with pytest.raises(CheckpointError, match=r"proof\.json cannot be read") as failed:
+        Proof.read(folder)
+    assert failed.value.fix == "no older checkpoint is there: restore the file from a copy"
+    (tmp_path / "step_00000002").mkdir()
+    with pytest.raises(CheckpointError) as failed:
+        Proof.read(folder)
+    assert failed.value.fix.startswith(f"write step_00000002 into {tmp_path / 'latest'} to go on from the one before")
 
 
 # --- Copies that are not the run's state
@@ -206,9 +239,40 @@ def _one_wrong_value(step: int) -> None:
     torch_dist.save_tensors = damaging
 
 
+def _zeros_on_disk(step: int) -> None:
+    """A fault: a file has its length and none of its content."""
+    write = torch_dist.save_tensors
+
+    def losing(tensors: dict[str, object], folder: Path) -> list[Path]:
+        written = write(tensors, folder)
+        for path in written:
+            if step == 2 and path.suffix == ".distcp":
+                path.write_bytes(bytes(path.stat().st_size))
+        return written
+
+    torch_dist.save_tensors = losing
+
+
+def _no_index_on_disk(step: int) -> None:
+    """A fault: the index cannot even be opened."""
+    write = torch_dist.save_tensors
+
+    def losing(tensors: dict[str, object], folder: Path) -> list[Path]:
+        written = write(tensors, folder)
+        if step == 2:
+            torch.distributed.barrier()
+            (folder / ".metadata").write_bytes(bytes(100))
+            torch.distributed.barrier()
+        return written
+
+    torch_dist.save_tensors = losing
+
+
 @pytest.mark.parametrize(
     ("fault", "said"),
     [
+        (_zeros_on_disk, r"rank 0: \S+ \S+ \+ 0 cannot be read back: \w+Error"),
+        (_no_index_on_disk, r"rank 0: \w+Error"),
         (_first_state_again, "is not what the run held: rank 0: model"),
         (_first_state_and_samples_again, "bitwise that of .*step_00000001, although updates were applied"),
         (_one_wrong_value, "differs from the live tensor in"),
@@ -229,9 +293,40 @@ def test_what_is_not_the_runs_state_is_not_published(
     run_on_ranks(_load, 1, cfg=_config(tmp_path), folder=str(folder / "step_00000001"))
 
 
+def _train_on_text_and_save(cfg: RunConfig, *, steps: int) -> list[list[str]]:
+    """Save steps whose rows hold no image; the moments that the saves compare."""
+    parts, compared = build_parts(cfg), []
+    data = {"data_rank": parts.topology.data_rank, "data_size": parts.topology.data_size}
+    rounds = cfg.train.global_batch_size // cfg.train.micro_batch_size // parts.topology.data_size
+    for step in range(1, steps + 1):
+        rows = [Row(row_of("text", cfg, seed=100 * step + n), n) for n in range(cfg.train.global_batch_size)]
+        batches = [
+            local_batch(batch, topology=parts.topology, image_size=cfg.vision.image_size)
+            for batch in rank_batches(rows, cfg, **data)
+        ]
+        assert train_step(parts, iter(batches), num_microbatches=rounds).applied
+        _save(parts, step)
+        samples = take_samples(parts.chunks, parts.optimizer, round_number=0).moments
+        compared.append([sample.name for sample in samples])
+    close_topology()
+    return compared
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
+def test_moments_that_no_gradient_reached_are_no_stale_copy(optimizer: str, tmp_path: Path) -> None:
+    """Rows without images leave the encoder's and the connector's where they began."""
+    cfg = change(_config(tmp_path), optimizer={"name": optimizer})
+    (first, second), _ = run_on_ranks(_train_on_text_and_save, 2, cfg=parse_layout("dp2").apply(cfg), steps=2)
+    assert first == second
+    assert first
+    assert all(name.startswith("optimizer.language_model.") for name in first)
+    assert (checkpoints_folder(tmp_path) / "latest").read_text() == "step_00000002\n"
+
+
 def _sampled(cfg: RunConfig, *, rounds: int) -> tuple[set[str], list[list[str]]]:
     """Keys read back over some saves, and the names of the moments of each."""
     parts = build_parts(cfg)
+    _train(parts, 0)
     found = [take_samples(parts.chunks, parts.optimizer, round_number=number) for number in range(rounds)]
     close_topology()
     keys = {sample.key for samples in found for sample in samples.read_back}
@@ -244,6 +339,7 @@ def test_every_parameter_has_its_turn() -> None:
     expected = set(run_on_ranks(_expected, 1, cfg=cfg)[0])
     assert keys == expected
     assert all(names == moments[0] for names in moments)
+    assert {name.split(".")[1] for name in moments[0]} == {"language_model", "connector", "vision_encoder"}
 
 
 def _expected(cfg: RunConfig) -> list[str]:
@@ -252,6 +348,29 @@ def _expected(cfg: RunConfig) -> list[str]:
     keys = list(schema.expected_shapes(parts.chunks, wanted.tensors))
     close_topology()
     return keys
+
+
+def test_what_is_read_back_has_the_shape_and_dtype_of_what_was_live() -> None:
+    sample = Sample("weight", (0, 4), 0, torch.zeros(6))
+    assert differing([sample], lambda key, offset: torch.zeros(2, 3)) == []
+    for stored in (torch.zeros(5), torch.zeros(6, dtype=torch.bfloat16)):
+        (problem,) = differing([sample], lambda key, offset, stored=stored: stored)
+        assert problem == (
+            f"weight [0, 4] + 0 is {stored.dtype} {list(stored.shape)} on disk, torch.float32 in the run"
+        )
+
+
+def _lose_the_proof_before(folder: str, step: int) -> None:
+    """Somebody deletes the previous checkpoint's proof while the run goes on."""
+    if step == 2 and torch.distributed.get_rank() == 0:
+        Path(folder, "step_00000001", "proof.json").unlink()
+
+
+def test_a_previous_checkpoint_that_cannot_be_compared_costs_no_save(tmp_path: Path) -> None:
+    folder = checkpoints_folder(tmp_path)
+    fault = functools.partial(_lose_the_proof_before, str(folder))
+    run_on_ranks(_train_and_save, 1, cfg=_config(tmp_path), steps=2, fault=fault)
+    assert (folder / "latest").read_text() == "step_00000002\n"
 
 
 def test_stale_means_moments_that_stood_still_while_updates_were_applied() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,17 @@ def test_nothing_published_is_no_error(tmp_path: Path) -> None:
     assert tracked(tmp_path / "absent") is None
     tmp_path.joinpath("checkpoints").mkdir()
     assert tracked(tmp_path / "checkpoints") is None
+
+
+def test_killed_before_the_first_is_tracked(tmp_path: Path) -> None:
+    """Published and not tracked, it is no checkpoint to resume from, and no obstacle to the run that starts again."""
+    writing = begin(tmp_path, 1)
+    assert (tmp_path / "latest").read_text() == "none\n"
+    writing.rename(tmp_path / "step_00000001")
+    assert tracked(tmp_path) is None
+    _publish(tmp_path, 1)
+    assert tracked(tmp_path) == tmp_path / "step_00000001"
+    assert (tmp_path / "step_00000001" / "content").read_text() == "1"
 
 
 def test_names() -> None:
@@ -121,6 +133,28 @@ def test_retention_stops_at_a_damaged_tracker(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="not the name of a checkpoint"):
         apply_retention(tmp_path, keep=1)
     assert len(_names(tmp_path)) == 3
+
+
+def test_what_cannot_be_removed_costs_no_save(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A file system that keeps a file is complained of; saves go on, and try again."""
+    _publish(tmp_path, 1, 2)
+
+    def refuse(path: Path) -> None:
+        raise OSError(16, "Device or resource busy", str(path))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "rmtree", refuse)
+        assert apply_retention(tmp_path, keep=1) == ["step_00000001"]
+        _publish(tmp_path, 3)
+        assert "could not be removed: [Errno 16] Device or resource busy" in caplog.text
+        patched.setattr(Path, "rename", lambda path, target: refuse(path))
+        remove(tmp_path / "step_00000002")
+        assert "step_00000002 could not be removed" in caplog.text
+    assert _names(tmp_path) == ["step_00000002", "step_00000003"]
+    _publish(tmp_path, 4)
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith(".")) == []
 
 
 def test_remove(tmp_path: Path) -> None:

@@ -108,6 +108,8 @@ def _check(run_dir: Path) -> int:
 
 
 SAMPLED = [
+    Kill("publish: renamed", 1, 0, False),  # before the tracker says that there is none yet
+    Kill("publish: renamed", 2, 0, True),  # the first checkpoint
     Kill("data", 9, 1, False),
     Kill("update", 2, 0, False),
     Kill("tensors (zarr)", 30, 1, False),

@@ -7,7 +7,7 @@ import torch
 
 from mm15_megatron.errors import CheckpointError
 from mm15_megatron.parity.ranks import run_on_ranks
-from mm15_megatron.utils.ranks import launched_rank, on_rank_zero
+from mm15_megatron.utils.ranks import launched_rank, on_every_rank, on_rank_zero
 
 
 def _results() -> tuple[int, str, str]:
@@ -29,6 +29,39 @@ def _results() -> tuple[int, str, str]:
 def test_result_and_errors_reach_every_rank() -> None:
     """Rank 0 acts; the value and the errors are the same everywhere."""
     assert run_on_ranks(_results, 2) == [(5, "wrong\n  fix: mend it", "[Errno 2] no such file: 'x'")] * 2
+
+
+def _one_of_three(kind: str) -> list[str]:
+    rank = torch.distributed.get_rank()
+
+    def act() -> int:
+        if rank > 0 and kind == "refusal":
+            raise CheckpointError("wrong", fix="mend it")
+        if rank > 0 and kind == "system":
+            raise PermissionError(13, "denied", "x")
+        return rank
+
+    said = []
+    for _ in range(2):  # nobody is left behind in a collective of the first time
+        try:
+            said.append(str(on_every_rank(act)))
+        except (CheckpointError, OSError) as error:
+            said.append(f"{type(error).__name__}: {error}")
+    return said
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        ("none", None),
+        ("refusal", "CheckpointError: rank 1: wrong\n  fix: mend it"),
+        ("system", "OSError: rank 1: PermissionError: [Errno 13] denied: 'x'"),
+    ],
+)
+def test_what_fails_on_one_rank_fails_on_all(kind: str, said: str | None) -> None:
+    """Each rank keeps its own value; the lowest rank's error is everybody's."""
+    expected = [[said or str(rank)] * 2 for rank in range(3)]
+    assert run_on_ranks(_one_of_three, 3, kind=kind) == expected
 
 
 def test_launched_rank(monkeypatch: pytest.MonkeyPatch) -> None:
