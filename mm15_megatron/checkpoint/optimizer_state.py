@@ -8,7 +8,7 @@ one model parameter with its fp32 master value and its moments, AdamW's or those
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
@@ -19,8 +19,10 @@ from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 from torch import nn
+from torch.distributed import ProcessGroup
 
 from mm15_megatron.errors import CheckpointError
+from mm15_megatron.utils.ranks import gathered_objects
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's
 
@@ -115,7 +117,7 @@ def pieces(optimizer: MegatronOptimizer) -> list[Piece]:
 
 @dataclass(frozen=True)
 class WholeState:
-    """One tensor of the state of a parameter that this rank is to write.
+    """One whole tensor of the state of a parameter.
 
     Attributes:
         parameter: the model parameter.
@@ -130,39 +132,42 @@ class WholeState:
     shape: StateTensor | None = None
 
 
-def whole_states(optimizer: MegatronOptimizer, *, wanted: Collection[nn.Parameter]) -> Iterator[WholeState]:
-    """Yield the state of the parameters this rank is to write.
+def whole_states(optimizer: MegatronOptimizer, *, writers: Mapping[nn.Parameter, int]) -> Iterator[WholeState]:
+    """Yield the state that this rank holds whole, or is sent because it writes it.
 
-    With the distributed optimizer the shards are gathered over the data-parallel group on the CPU, one bucket and one
-    kind at a time; every rank of the group must run the iterator to its end.
+    With the distributed optimizer the shards go to their writers over the data-parallel group on the CPU, one bucket
+    and one kind at a time; every rank of the group must run the iterator to its end.
+
+    Args:
+        optimizer: the optimizer.
+        writers: by parameter, the rank in its data-parallel group that its state is sent to; none for parameters that
+            are left out.
     """
     local: dict[nn.Parameter, Piece] = {piece.parameter: piece for piece in pieces(optimizer)}
     for part in inner_optimizers(optimizer):
         if isinstance(part, DistributedOptimizer):
-            yield from _gathered(part, local, wanted)
+            yield from _assembled(part, local, writers)
             continue
         for parameter, _ in _mains(part):
-            if parameter in wanted:
-                piece = local[parameter]
-                for kind, tensor in piece.tensors.items():
-                    yield WholeState(parameter, kind, tensor.detach(), piece.shapes.get(kind))
+            piece = local[parameter]
+            for kind, tensor in piece.tensors.items():
+                yield WholeState(parameter, kind, tensor.detach(), piece.shapes.get(kind))
 
 
-def get_step(optimizer: MegatronOptimizer, *, device: torch.device) -> int:
+def get_step(optimizer: MegatronOptimizer) -> int:
     """Return AdamW's step count, agreed over all ranks (a rank may hold no state at all).
 
     Raises:
-        CheckpointError: if parameters of this rank were updated a different number of times.
+        CheckpointError: if parameters were updated a different number of times, on any rank or on two.
     """
-    counts = {count for part in inner_optimizers(optimizer) for count in _counts(part.optimizer)}
+    mine = {count for part in inner_optimizers(optimizer) for count in _counts(part.optimizer)}
+    counts = set().union(*gathered_objects(mine))
     if len(counts) > 1:
         raise CheckpointError(
             f"parameters were updated different numbers of times: {sorted(counts)}",
             fix="report this: one step count is stored for the whole optimizer",
         )
-    step = torch.tensor(max(counts, default=0), dtype=torch.int64, device=device)
-    torch.distributed.all_reduce(step, op=torch.distributed.ReduceOp.MAX)
-    return int(step.item())
+    return max(counts, default=0)
 
 
 @torch.no_grad()
@@ -250,23 +255,66 @@ def _counts(inner: torch.optim.Optimizer) -> set[int]:
     return {int(group["step"]) for group in inner.param_groups if group["params"] and "step" in group}
 
 
-def _gathered(
-    part: DistributedOptimizer, local: dict[nn.Parameter, Piece], wanted: Collection[nn.Parameter]
+def _assembled(
+    part: DistributedOptimizer, local: Mapping[nn.Parameter, Piece], writers: Mapping[nn.Parameter, int]
 ) -> Iterator[WholeState]:
-    """Gather the shards of each bucket, which are equally long on every rank and cut through parameters."""
+    """Send the shards of each bucket, which are equally long on every rank and cut through parameters, to the writers.
+
+    A rank receives what it writes and no more.
+    """
     group = part.data_parallel_group_gloo
     for buffer, ranges in zip(part.buffers, part.gbuf_ranges, strict=True):
         (bucket_ranges,) = ranges.values()
         for bucket, owned in zip(buffer.buckets, bucket_ranges, strict=True):
+            spans = {p: buffer.param_index_map[p][:2] for p in bucket.params_list if p in writers}
+            spans = {p: (start - bucket.offset, stop - bucket.offset) for p, (start, stop) in spans.items()}
+            cut = _Cut(spans, writers, bucket.grad_data.numel() // group.size())
             for kind in ("master", *_MOMENTS):
-                shard = torch.zeros(bucket.grad_data.numel() // group.size())
+                shard = torch.zeros(cut.length)
                 for parameter, where in owned["param_map"].items():
                     span = where["gbuf_local"]
                     shard[span.start : span.end] = local[parameter].tensors[kind].detach().reshape(-1).cpu()
-                whole = torch.empty(bucket.grad_data.numel())
-                torch.distributed.all_gather_into_tensor(whole, shard, group=group)
-                for parameter in bucket.params_list:
-                    if parameter in wanted:
-                        start, stop, _ = buffer.param_index_map[parameter]
-                        flat = whole[start - bucket.offset : stop - bucket.offset]
-                        yield WholeState(parameter, kind, flat.view(parameter.shape).clone())
+                for parameter, flat in cut.exchange(shard, group).items():
+                    yield WholeState(parameter, kind, flat.view(parameter.shape))
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """How a bucket is cut into equal shards, and who writes its parameters.
+
+    Attributes:
+        spans: first element of each parameter in the bucket, and one past its last.
+        writers: rank in the group that writes each.
+        length: elements of a shard.
+    """
+
+    spans: Mapping[nn.Parameter, tuple[int, int]]
+    writers: Mapping[nn.Parameter, int]
+    length: int
+
+    def part(self, parameter: nn.Parameter, rank: int) -> slice:
+        """Return the elements of a rank's shard that belong to a parameter."""
+        start, stop = (min(max(at - rank * self.length, 0), self.length) for at in self.spans[parameter])
+        return slice(start, stop)
+
+    def exchange(self, shard: torch.Tensor, group: ProcessGroup) -> dict[nn.Parameter, torch.Tensor]:
+        """Send this rank's shard to the writers; return what this rank writes, flat (every rank must call)."""
+        me, ranks = group.rank(), range(group.size())
+        sent = [[shard[self.part(p, me)] for p in self.spans if self.writers[p] == to] for to in ranks]
+        mine = [p for p in self.spans if self.writers[p] == me]
+        parts = [[self.part(p, sender) for p in mine] for sender in ranks]
+        sizes = [[part.stop - part.start for part in of_sender] for of_sender in parts]
+        received = torch.empty(sum(map(sum, sizes)))
+        torch.distributed.all_to_all_single(
+            received,
+            torch.cat([piece for pieces_to in sent for piece in pieces_to] or [shard[:0]]),
+            output_split_sizes=[sum(of_sender) for of_sender in sizes],
+            input_split_sizes=[sum(piece.numel() for piece in pieces_to) for pieces_to in sent],
+            group=group,
+        )
+        pieces_by_sender = iter(received.split([size for of_sender in sizes for size in of_sender]))
+        found: dict[nn.Parameter, list[torch.Tensor]] = {p: [] for p in mine}
+        for _ in ranks:
+            for parameter in mine:
+                found[parameter].append(next(pieces_by_sender))
+        return {parameter: torch.cat(in_order) for parameter, in_order in found.items()}

@@ -99,18 +99,21 @@ def unwrapped(chunks: Sequence[nn.Module]) -> list[nn.Module]:
 def state_to_save(
     chunks: Sequence[DistributedDataParallel], optimizer: MegatronOptimizer, *, topology: Topology
 ) -> StateToSave:
-    """Describe what this rank writes; every rank must call (shards of the distributed optimizer are gathered)."""
+    """Describe what this rank writes; every rank must call (shards of the distributed optimizer go to the writers)."""
     for chunk in chunks:
         if chunk.ddp_config.overlap_param_gather:
             gather_parameters(chunk)  # otherwise the next forward pass would fetch the last update
     items = list(global_parameters(unwrapped(chunks)))
     writers = _writers_of_copies(items)
-    mine = _written_here(items, writers)
+    in_data_group = _writers_in_data_group(items, writers)
+    mine = {i.parameter: i for i in items if in_data_group.get(i.parameter) == i.data_group.rank()}
     tensors = {}
     for item in mine.values():
         key = model_key(item.name)
         tensors[key] = _sharded(item, key, plain(item.parameter))
-    for state in whole_states(optimizer, wanted=mine):
+    for state in whole_states(optimizer, writers=in_data_group):
+        if state.parameter not in mine:
+            continue
         item = mine[state.parameter]
         if state.shape is not None and state.shape.split_dim is None and writers[state.parameter] != _own(item):
             continue  # every tensor-parallel rank holds all of it
@@ -120,7 +123,7 @@ def state_to_save(
         if scaling.weight.is_first_replica:
             for key, tensor in _amax_tensors(scaling).items():
                 tensors[key] = ShardedTensor.from_rank_offsets(key, tensor.contiguous(), replica_id=0)
-    return StateToSave(tensors, get_step(optimizer, device=topology.device))
+    return StateToSave(tensors, get_step(optimizer))
 
 
 def weights_to_load(chunks: Sequence[nn.Module]) -> StateToLoad:
@@ -245,16 +248,14 @@ def expected_shapes(
     return shapes | {key: tuple(tensor.global_shape) for key, tensor in (requested or {}).items()}
 
 
-def _written_here(
+def _writers_in_data_group(
     items: Sequence[GlobalParameter], writers: Mapping[nn.Parameter, tuple[int, int]]
-) -> dict[nn.Parameter, GlobalParameter]:
-    """Choose the parameters this rank writes: one writer a shard, spread by size over the ranks that hold it."""
+) -> dict[nn.Parameter, int]:
+    """Say which rank of its data group writes this slice of a parameter; none for what others write."""
     return {
-        item.parameter: item
+        item.parameter: writers[item.parameter][0]
         for item in items
-        if not item.tied_copy
-        and writers[item.parameter][0] == item.data_group.rank()
-        and (item.split_dim is not None or writers[item.parameter] == _own(item))
+        if not item.tied_copy and (item.split_dim is not None or writers[item.parameter][1] == item.tensor_group.rank())
     }
 
 

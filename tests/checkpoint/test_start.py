@@ -89,7 +89,7 @@ def _states(parts: StepParts) -> dict[str, Whole]:
     assert parts.optimizer is not None
     items = {item.parameter: item for item in global_parameters([chunk.module for chunk in parts.chunks])}
     found: dict[str, Whole] = {}
-    for state in whole_states(parts.optimizer, wanted=items):
+    for state in whole_states(parts.optimizer, writers=dict.fromkeys(items, 0)):
         item = items[state.parameter]
         whole = item.gather(state.tensor)
         if item.is_first_replica:
@@ -102,7 +102,7 @@ def _start(cfg: RunConfig, place: str) -> tuple[Whole, dict[str, Whole], list[st
     parts = build_parts(cfg)
     assert parts.optimizer is not None
     start = start_from(find_start(place), cfg, parts.chunks, parts.optimizer)
-    steps = get_step(parts.optimizer, device=parts.topology.device)
+    steps = get_step(parts.optimizer)
     result = gathered(parts, lambda item: item.parameter.data), _states(parts), list(map(str, start.resized)), steps
     close_topology()
     return result

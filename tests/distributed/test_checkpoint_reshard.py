@@ -102,7 +102,7 @@ def _resume(cfg: RunConfig, run_dirs: dict[str, str]) -> dict[str, Figures]:
         checkpoint = open_latest(run_dir)
         assert checkpoint is not None
         load_training(checkpoint, cfg, parts.chunks, parts.optimizer)
-        assert get_step(parts.optimizer, device=parts.topology.device) == BEFORE
+        assert get_step(parts.optimizer) == BEFORE
         found[name] = train_steps(parts, BEFORE, AFTER)
     close_topology()
     return found
