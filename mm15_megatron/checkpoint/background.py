@@ -11,8 +11,8 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
@@ -20,16 +20,17 @@ from typing import Any
 
 import torch
 import torch.multiprocessing
-from megatron.core.dist_checkpointing import ShardedTensor
 
 from mm15_megatron.checkpoint.save import Snapshot, write_snapshot
+from mm15_megatron.checkpoint.staging import Place, Staging
 from mm15_megatron.errors import CheckpointError
 from mm15_megatron.parallel import cpu_emulation
 from mm15_megatron.parallel.rendezvous import Rendezvous
 from mm15_megatron.utils.processes import leave_with_parent
 from mm15_megatron.utils.ranks import on_rank_zero
 
-_ALIGNMENT = 64
+_DEVICES = "CUDA_VISIBLE_DEVICES"
+_PATIENCE = 60.0  # seconds that a run which ends early leaves to what is on its way
 
 Prepare = Callable[[], None]
 
@@ -56,15 +57,6 @@ class Written:
 
 
 @dataclass(frozen=True)
-class _Place:
-    """Where a tensor lies in the shared memory."""
-
-    first: int
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-
-@dataclass(frozen=True)
 class _Job:
     """A snapshot whose tensors lie in shared memory.
 
@@ -75,8 +67,15 @@ class _Job:
     """
 
     snapshot: Snapshot
-    places: Mapping[str, _Place]
+    places: Mapping[str, Place]
     memory: torch.Tensor | None
+
+
+@dataclass(frozen=True)
+class _Phase:
+    """What a writer does next."""
+
+    name: str
 
 
 @dataclass(frozen=True)
@@ -112,11 +111,14 @@ class BackgroundWriter:
         self._pipe, theirs = context.Pipe()
         meeting = _Meeting(host, port, place.rank, place.world_size, timeout)
         self._process = context.Process(target=_serve, args=(theirs, meeting, prepare), daemon=True)
-        self._process.start()
+        with _without_devices():
+            self._process.start()
         theirs.close()
-        self._memory = torch.empty(0, dtype=torch.uint8)
+        self._staging = Staging()
         self._began = 0.0
         self._step: int | None = None
+        self._phase = ""
+        self._outcome: str | CheckpointError | None = None
 
     @property
     def busy(self) -> bool:
@@ -126,67 +128,102 @@ class BackgroundWriter:
     @property
     def ready(self) -> bool:
         """Whether it is known what became of the snapshot."""
-        return self.busy and bool(wait([self._pipe, self._process.sentinel], timeout=0.0))
+        while self.busy and self._outcome is None and wait([self._pipe, self._process.sentinel], timeout=0.0):
+            self._hear()
+        return self._outcome is not None
 
     def submit(self, snapshot: Snapshot) -> None:
         """Copy a snapshot and send it on its way; the live tensors may change afterwards."""
         assert not self.busy, "one snapshot at a time"
         self._began, self._step = time.monotonic(), snapshot.step
-        places = _places(snapshot.tensors)
-        size = max((place.first + _bytes(place) for place in places.values()), default=0)
-        grown = size > len(self._memory)
-        if grown:
-            self._memory = torch.empty(size, dtype=torch.uint8).share_memory_()
-        for key, place in places.items():
-            _view(self._memory, place).copy_(snapshot.tensors[key].data)
+        self._phase, self._outcome = "", None
+        try:
+            places, grown = self._staging.hold({key: tensor.data for key, tensor in snapshot.tensors.items()})
+        except CheckpointError as error:
+            self._process.kill()
+            self._outcome = error
+            return
         bare = {key: tensor.without_data() for key, tensor in snapshot.tensors.items()}
         with suppress(OSError):  # the process is gone: ``result`` sees that it ended, and with what
-            self._pipe.send(_Job(replace(snapshot, tensors=bare), places, self._memory if grown else None))
+            self._pipe.send(_Job(replace(snapshot, tensors=bare), places, self._staging.memory if grown else None))
+
+    @property
+    def failed(self) -> bool:
+        """Whether it is known that the snapshot will not arrive."""
+        return self.ready and isinstance(self._outcome, CheckpointError)
+
+    @property
+    def phase(self) -> str:
+        """What the process did when it was last heard of."""
+        return self._phase
+
+    def give_up(self) -> None:
+        """End a snapshot that will not arrive because another rank's will not, and the process, which may hang."""
+        if self._outcome is None:
+            self._process.kill()
+            self._outcome = GivenUp(
+                f"the checkpoint of step {self._step} was given up", fix="another rank's report says why"
+            )
 
     def result(self) -> Written:
         """Wait for the snapshot to arrive, and return what became of it."""
         assert self._step is not None, "no snapshot is on its way"
-        wait([self._pipe, self._process.sentinel])
+        while self._outcome is None:
+            wait([self._pipe, self._process.sentinel])
+            self._hear()
         step, self._step = self._step, None
         took = time.monotonic() - self._began
+        if isinstance(self._outcome, CheckpointError):
+            return Written(step, "", took, self._outcome)
+        return Written(step, self._outcome, took)
+
+    def _hear(self) -> None:
+        """Take what the process says next, or that it is gone."""
         try:
             if self._pipe.poll():
-                outcome: str | CheckpointError = self._pipe.recv()
-                if isinstance(outcome, CheckpointError):
-                    return Written(step, "", took, outcome)
-                return Written(step, outcome, took)
+                said: _Phase | str | CheckpointError = self._pipe.recv()
+                if isinstance(said, _Phase):
+                    self._phase = said.name
+                else:
+                    self._outcome = said
+                return
         except (EOFError, OSError):
             pass
         self._process.join()
-        error = CheckpointError(
-            f"the process that wrote the checkpoint of step {step} ended with {self._process.exitcode}",
-            fix="look for what killed it (memory of the machine?); the previous checkpoint is untouched",
+        code = self._process.exitcode or 0
+        self._outcome = CheckpointError(
+            f"the process that wrote the checkpoint of step {self._step} ended with {code}",
+            fix="look for what killed it (memory of the machine?)" if code < 0 else "its own words stand in this log",
         )
-        return Written(step, "", took, error)
 
     def close(self) -> None:
-        """End the process, whatever it does."""
+        """End the process and give its memory back; what is on its way may still arrive, for a while."""
+        if self.busy:
+            deadline = time.monotonic() + _PATIENCE
+            while not self.ready and time.monotonic() < deadline:
+                wait([self._pipe, self._process.sentinel], timeout=deadline - time.monotonic())
         self._pipe.close()
-        self._process.join(timeout=0.0 if self.busy else 10.0)
+        self._process.join(timeout=0.0 if self._outcome is None and self.busy else 10.0)
         if self._process.is_alive():
             self._process.kill()
             self._process.join()
+        self._staging.release()
 
 
-def _places(tensors: Mapping[str, ShardedTensor]) -> dict[str, _Place]:
-    places, first = {}, 0
-    for key, tensor in tensors.items():
-        places[key] = _Place(first, tensor.data.dtype, tuple(tensor.data.shape))
-        first += -(-_bytes(places[key]) // _ALIGNMENT) * _ALIGNMENT
-    return places
+@contextmanager
+def _without_devices() -> Iterator[None]:
+    """Have processes that start here see no device: those are the ranks', and all that is written is in host memory.
 
-
-def _bytes(place: _Place) -> int:
-    return place.dtype.itemsize * torch.Size(place.shape).numel()
-
-
-def _view(memory: torch.Tensor, place: _Place) -> torch.Tensor:
-    return memory[place.first : place.first + _bytes(place)].view(place.dtype).view(place.shape)
+    megatron-core asks for devices when it is imported, before the new process could say so itself.
+    """
+    before = os.environ.get(_DEVICES)
+    os.environ[_DEVICES] = ""
+    try:
+        yield
+    finally:
+        del os.environ[_DEVICES]
+        if before is not None:
+            os.environ[_DEVICES] = before
 
 
 # --- The process beside a rank
@@ -198,7 +235,6 @@ def _serve(pipe: Connection[Any, Any], meeting: _Meeting, prepare: Prepare | Non
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     leave_with_parent()
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the device is the rank's; all that is written is in host memory
     cpu_emulation.install()
     torch.set_num_threads(1)
     if prepare is not None:
@@ -211,7 +247,7 @@ def _serve(pipe: Connection[Any, Any], meeting: _Meeting, prepare: Prepare | Non
         except (EOFError, OSError):
             return
         memory = memory if job.memory is None else job.memory
-        pipe.send(_write(job, memory) if alone is None else alone)
+        pipe.send(_write(job, memory, tell=lambda phase: pipe.send(_Phase(phase))) if alone is None else alone)
 
 
 def _meet(meeting: _Meeting) -> GivenUp | None:
@@ -229,12 +265,10 @@ def _meet(meeting: _Meeting) -> GivenUp | None:
     return None
 
 
-def _write(job: _Job, memory: torch.Tensor) -> str | CheckpointError:
-    tensors = {
-        key: replace(tensor, data=_view(memory, job.places[key])) for key, tensor in job.snapshot.tensors.items()
-    }
+def _write(job: _Job, memory: torch.Tensor, *, tell: Callable[[str], None]) -> str | CheckpointError:
+    tensors = {key: replace(tensor, data=job.places[key].view(memory)) for key, tensor in job.snapshot.tensors.items()}
     try:
-        return str(write_snapshot(replace(job.snapshot, tensors=tensors)))
+        return str(write_snapshot(replace(job.snapshot, tensors=tensors), tell=tell))
     except CheckpointError as error:
         return error
     except RuntimeError as error:  # a neighbour is gone

@@ -59,6 +59,8 @@ def run(training: Run, *, request: StopRequest) -> int:
     """
     code = _train(training, request)
     training.saver.finish()
+    if training.saver.lost:
+        training.save()
     return code
 
 
@@ -93,7 +95,8 @@ def _train(training: Run, request: StopRequest) -> int:
         report(training, taken, figures)
         if taken.output.verdict.stops:
             return _stop_unstable(training, taken.output)
-        if training.state.step == steps or _due(training.state.step, cfg.checkpoint.save_interval):
+        due = training.state.step == steps or _due(training.state.step, cfg.checkpoint.save_interval)
+        if due or training.saver.lost:
             training.save()
             saved_step = training.state.step
     training.progress.line(training.ledger_text())

@@ -113,9 +113,10 @@ def resume_block(
     lines = [
         "resume decision",
         f"  run directory      {cfg.train.run_dir} (checkpoint.resume = {cfg.checkpoint.resume})",
+        f"  found              {_found(cfg, checkpoint)}",
     ]
     if checkpoint is None:
-        lines.append("  decision           fresh start: no checkpoint was ever published here")
+        lines.append("  decision           fresh start: the tracker names no checkpoint")
         return "\n".join([*lines, *_fresh_weights(cfg, start)])
     lines += [
         f"  decision           go on from {checkpoint.folder.name}, named by the tracker",
@@ -133,6 +134,17 @@ def resume_block(
     changes = [f"    {c.path}: {value_text(c.left)} -> {value_text(c.right)}" for c in diff(checkpoint.config, cfg)]
     lines.append("  options changed    " + ("none" if not changes else str(len(changes))))
     return "\n".join(lines + changes)
+
+
+def _found(cfg: RunConfig, checkpoint: Checkpoint | None) -> str:
+    """Say which checkpoints there are, and which of them no run goes on from."""
+    names = [path.name for path in published(checkpoints_folder(cfg.train.run_dir))]
+    if not names:
+        return "no checkpoint"
+    count = f"{len(names)} checkpoint{'' if len(names) == 1 else 's'}, {names[0]}"
+    later = names if checkpoint is None else [name for name in names if name > checkpoint.folder.name]
+    beyond = f"; {', '.join(later)} beyond the tracker: replaced when the run gets there" if later else ""
+    return count + (f" to {names[-1]}" if len(names) > 1 else "") + beyond
 
 
 def _fresh_weights(cfg: RunConfig, start: Start | None) -> list[str]:

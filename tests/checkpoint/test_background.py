@@ -5,15 +5,19 @@ from __future__ import annotations
 import functools
 import os
 import signal
+import socket
+import subprocess
+import sys
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 
 import psutil
 import pytest
 
 from mm15_megatron.checkpoint import publish, save, torch_dist
-from mm15_megatron.checkpoint.background import BackgroundWriter, Written
+from mm15_megatron.checkpoint.background import BackgroundWriter, GivenUp, Written, _meet, _Meeting
 from mm15_megatron.checkpoint.publish import checkpoints_folder
 from mm15_megatron.checkpoint.save import save_checkpoint, take_snapshot
 from mm15_megatron.checkpoint.store import load_training, open_checkpoint, open_latest
@@ -212,6 +216,58 @@ def test_a_rank_that_is_killed_takes_its_writer_with_it(
         assert time.monotonic() < deadline, "a writer stays behind"
         time.sleep(0.1)
     fault_matrix("kill -9 of rank 1", "while its writer writes", f"nothing published, {len(writers)} writers gone")
+
+
+def _submit_and_close(cfg: RunConfig) -> None:
+    """A run that ends for another reason while a save is on its way."""
+    parts = build_parts(cfg)
+    writer = _writer(parts)
+    train_steps(parts, 0, 1)
+    writer.submit(take_snapshot(cfg, parts.chunks, parts.optimizer, **_arguments(parts, 1)))
+    writer.close()
+    close_topology()
+
+
+def test_what_is_on_its_way_arrives_behind_a_run_that_ends(tmp_path: Path) -> None:
+    run_on_ranks(_submit_and_close, 2, cfg=parse_layout("dp2").apply(_config(tmp_path)))
+    found = open_latest(tmp_path)
+    assert found is not None
+    assert found.step == 1
+
+
+_STAGE = """
+import torch
+from mm15_megatron.checkpoint.staging import Staging
+from mm15_megatron.errors import CheckpointError
+try:
+    Staging().hold({"a": torch.zeros(8 << 20, dtype=torch.uint8)})
+except CheckpointError as error:
+    print(error)
+"""
+
+
+def test_too_little_shared_memory() -> None:
+    """As in a container with its default of 64 MB: said with both sizes and what to do."""
+    small = f'mount -t tmpfs -o size=2m tmpfs /dev/shm && exec {sys.executable} -c "$SCRIPT"'
+    environment = {**os.environ, "SCRIPT": _STAGE}
+    done = subprocess.run(["unshare", "-m", "sh", "-c", small], env=environment, capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"a small /dev/shm cannot be mounted: {done.stderr.strip()[-200:]}")
+    assert "the snapshot needs 8.0 MiB of shared memory, and 2.0 MiB are free in /dev/shm: " in done.stdout
+    assert (
+        "fix: enlarge it (docker run --shm-size, or a larger tmpfs), or set checkpoint.async_save=false" in done.stdout
+    )
+
+
+def test_writers_that_cannot_meet() -> None:
+    """The address of rank 0's writer answers nobody."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        meeting = _Meeting("127.0.0.1", taken.getsockname()[1], 0, 2, timedelta(seconds=1))
+        said = _meet(meeting)
+    assert isinstance(said, GivenUp)
+    assert "could not meet at 127.0.0.1" in said.problem
+    assert said.fix.endswith("set checkpoint.async_save=false")
 
 
 def _lives(pid: int) -> bool:

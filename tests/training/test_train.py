@@ -137,7 +137,7 @@ def test_figures_and_validation(arguments: Arguments, tmp_path: Path) -> None:
     code, log = run_arguments(arguments("train.steps=4", *parallel, *validation), world_size=2)
     assert code == 0
     assert "tensor 2 x pipeline 1 x data 1" in log
-    assert "fresh start: no checkpoint was ever published here" in log
+    assert "fresh start: the tracker names no checkpoint" in log
     assert [("validation/loss" in record) for record in records(tmp_path / "run")] == [False, True, False, True]
     assert [("validation/seconds" in record) for record in records(tmp_path / "run")] == [False, True, False, True]
     assert re.search(r"step 4 held-out loss \d\.\d{4} \(\d+\.\d s\)", log)
