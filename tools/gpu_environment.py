@@ -402,6 +402,7 @@ def commands(answers: Mapping[str, Answer]) -> list[tuple[str, str | None]]:
         (f"{python} tools/bench_gpu.py", gpu),
         (f"{python} tools/advise_fp8.py --preset mm1_30b --record numbers.json", gpu or engine or no_recipe),
         (f"{python} tools/bench_step.py kernels.params_dtype=bf16 parallel.device=cuda", gpu),
+        (f"{python} tools/bench_checkpoint.py parallel.device=cuda", gpu),
         (f"torchrun --nproc-per-node {gpus} {train}", gpu),
         ("sbatch --nodes=1 --gpus-per-node=1 slurm/train.sbatch --preset mm15_3b", gpu or answers["slurm"].problem),
     ]

@@ -221,7 +221,7 @@ def report_lines(measured: Measured, *, ranks: int) -> list[str]:
     mega = measured.num_bytes / 1e6
     median = {name: statistics.median(way.seconds) for name, way in measured.ways.items()}
     lines = [
-        f"{mega:,.0f} MB of weights, masters and moments from {ranks} ranks; medians of "
+        f"{mega:,.0f} MB of weights, masters and moments from {ranks} rank{'' if ranks == 1 else 's'}; medians of "
         f"{len(measured.ways[DISK].seconds)} rounds, the slowest rank counts.",
         "",
         "| way | seconds | MB/s | of the disk alone | of torch.save | blocked, s |",

@@ -235,6 +235,28 @@ def test_what_is_on_its_way_arrives_behind_a_run_that_ends(tmp_path: Path) -> No
     assert found.step == 1
 
 
+def _note_devices(note: str) -> None:
+    Path(note).write_text(os.environ["CUDA_VISIBLE_DEVICES"])
+
+
+def _devices_of_both(cfg: RunConfig, note: str) -> str:
+    os.environ["CUDA_VISIBLE_DEVICES"] = "3"
+    parts = build_parts(cfg)
+    writer = _writer(parts, functools.partial(_note_devices, note))
+    writer.submit(take_snapshot(cfg, parts.chunks, parts.optimizer, **_arguments(parts, 0)))
+    assert writer.result().error is None
+    writer.close()
+    close_topology()
+    return os.environ["CUDA_VISIBLE_DEVICES"]
+
+
+def test_the_writer_sees_no_device(tmp_path: Path) -> None:
+    """From its first import on, which asks for devices; the rank keeps its own."""
+    note = tmp_path / "note"
+    assert run_on_ranks(_devices_of_both, 1, cfg=_config(tmp_path), note=str(note)) == ["3"]
+    assert note.read_text() == ""
+
+
 _STAGE = """
 import torch
 from mm15_megatron.checkpoint.staging import Staging

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import math
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from megatron.core.distributed import DistributedDataParallel
 
 from mm15_megatron.batch import MMBatch
 from mm15_megatron.checkpoint.store import open_latest
 from mm15_megatron.config.schema import FaultConfig
 from mm15_megatron.errors import CheckpointError
+from mm15_megatron.training import step
 from mm15_megatron.training.run import Feed, Run
 from mm15_megatron.training.stability import EXIT_UNSTABLE, WITHOUT_TARGETS, Course, Verdict
 from mm15_megatron.training.state import TrainState
@@ -89,39 +93,55 @@ def test_a_damaged_course_is_refused(course: object) -> None:
 
 
 class _Poisoned(Feed):
-    """A real feed whose tiles are NaN from the fourth step on."""
+    """A real feed whose tiles are NaN from the fourth step on, up to a step."""
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: Run, *, until: int) -> None:
         super().__init__(run.feed.loader, run.watchdog)
-        self._run = run
+        self._run, self._until = run, until
 
     def __next__(self) -> MMBatch:
         batch = super().__next__()
-        if self._run.state.step < 3 or batch.tiles_N3HW is None:
+        if not 3 <= self._run.state.step < self._until or batch.tiles_N3HW is None:
             return batch
         return replace(batch, tiles_N3HW=batch.tiles_N3HW * math.nan)
 
 
-def _poison(run: Run) -> None:
-    run.feed = _Poisoned(run)
+def _poison_tiles(run: Run, *, until: int) -> None:
+    run.feed = _Poisoned(run, until=until)
 
 
-def _poison_two_steps(run: Run) -> None:
-    run.feed = _PoisonedTwice(run)
+def _overflow_gradients(run: Run, *, until: int) -> None:
+    """The gradient of one value of one rank is infinite, in the same steps; every loss is a number."""
+    finalise = step.finalise_gradients
+
+    def overflowing(chunks: list[DistributedDataParallel], **named: object) -> None:
+        if run.topology.place.rank == 1 and 3 <= run.state.step < until:
+            next(chunks[0].parameters()).main_grad.view(-1)[0] = math.inf
+        finalise(chunks, **named)
+
+    step.finalise_gradients = overflowing
 
 
-class _PoisonedTwice(_Poisoned):
-    def __next__(self) -> MMBatch:
-        return super().__next__() if self._run.state.step < 5 else Feed.__next__(self)
-
-
+@pytest.mark.parametrize(
+    ("poison", "fault", "said"),
+    [
+        (_poison_tiles, "NaN in loss and gradients", "loss nan, gradient norm nan"),
+        (_overflow_gradients, "infinite gradient of one rank", r"loss \d\.\d+, gradient norm inf"),
+    ],
+)
 def test_a_run_that_is_no_number_any_more_stops_saved(
-    arguments: Callable[..., list[str]], tmp_path: Path, fault_matrix: Callable[[str, str, str], None]
+    poison: Callable[..., None],
+    fault: str,
+    said: str,
+    arguments: Callable[..., list[str]],
+    tmp_path: Path,
+    fault_matrix: Callable[[str, str, str], None],
 ) -> None:
+    """Started again it goes on as a run that refuses the same rows and never stops."""
     argv = arguments("train.steps=9", "faults.max_skips_in_a_row=2")
-    code, log = run_arguments(argv, world_size=2, prepare=_poison)
+    code, log = run_arguments(argv, world_size=2, prepare=functools.partial(poison, until=9))
     assert code == EXIT_UNSTABLE
-    assert "stopped after step 5: loss nan, gradient norm nan; 2 steps in a row were refused" in log
+    assert re.search(f"stopped after step 5: {said}; 2 steps in a row were refused", log), log
     assert "The weights are those of step 3, saved" in log
     saved = open_latest(tmp_path / "run")
     assert saved is not None
@@ -129,17 +149,43 @@ def test_a_run_that_is_no_number_any_more_stops_saved(
     code, log = run_arguments(argv, world_size=2)
     assert code == 0
     resumed = records(tmp_path / "run")
-    # a run that refuses the same rows and never stops
     other = arguments("train.steps=9", run_dir="other")
-    code, _ = run_arguments(other, world_size=2, prepare=_poison_two_steps)
+    code, _ = run_arguments(other, world_size=2, prepare=functools.partial(poison, until=5))
     assert code == 0
     straight = records(tmp_path / "other")
     assert len(resumed) == len(straight) == 9
     for what in ("train/loss", "train/grad_norm", "train/skipped_steps"):
         assert [record[what] for record in resumed] == [record[what] for record in straight], what
-    fault_matrix(
-        "NaN in loss and gradients", "two steps in a row", f"code {EXIT_UNSTABLE}, saved; resumes as if skipped"
-    )
+    fault_matrix(fault, "two steps in a row", f"code {EXIT_UNSTABLE}, saved; resumes as if skipped")
+
+
+@pytest.mark.parametrize("policy", ["stop", "report"])
+def test_jumps_end_a_run_or_are_told(policy: str, arguments: Callable[..., list[str]], tmp_path: Path) -> None:
+    """A run that stops for each jump, and is started again each time, takes the steps of one that skips them."""
+    jumpy = ["faults.loss_spike_window=8", "faults.loss_spike_threshold=0.000001", "faults.max_skips_in_a_row=0"]
+    jumpy += ["optimizer.lr=1e-6", "optimizer.connector_lr=1e-6"]
+    argv = arguments("train.steps=20", *jumpy, f"faults.loss_spike={policy}")
+    code, log = run_arguments(argv)
+    stops = 0
+    while code == EXIT_UNSTABLE:
+        stops += 1
+        (said,) = re.findall(r"stopped after step (\d+): loss \S+ lies .* deviations above the median", log)
+        saved = open_latest(tmp_path / "run")
+        assert saved is not None
+        assert saved.step == int(said)
+        code, log = run_arguments(argv)
+    assert code == 0
+    told = sum("deviations above the median" in line for line in log.splitlines())
+    found = records(tmp_path / "run")
+    if policy == "report":
+        assert (stops, found[-1]["train/skipped_steps"]) == (0, 0)
+        assert told > 0
+        return
+    skipping = arguments("train.steps=20", *jumpy, "faults.loss_spike=skip", run_dir="skipping")
+    assert run_arguments(skipping)[0] == 0
+    expected = records(tmp_path / "skipping")
+    assert stops == expected[-1]["train/skipped_steps"] > 0
+    assert [one["train/loss"] for one in found] == [one["train/loss"] for one in expected]
 
 
 def test_jumps_are_judged_alike_behind_a_resumption(
