@@ -46,6 +46,8 @@ WHERE: dict[str, tuple[Any, str]] = {
 """By moment: the function at whose beginning a process dies, the n-th time it comes there."""
 IN_STEPS = ("data", "backward", "update", "snapshot")
 OF_RANK_ZERO = ("begin", "proof written", "publish: renamed", "publish: tracked", "publish: removal", "publish: sync")
+BEHIND = 8
+"""Steps of a run whose writer dies in one of the first of them."""
 OFTEN = {"data": 8, "tensors (zarr)": 40, "publish: sync": 30}
 """How often a moment comes in a few steps; others come once a step."""
 
@@ -139,13 +141,22 @@ def test_killed_again_and_again(
     run_dir, log = tmp_path / "run", tmp_path / "log"
     shared = ["schedule.decay_steps=2000", "train.global_batch_size=4", "train.micro_batch_size=2"]
     shared += ["checkpoint.save_interval=1", "checkpoint.keep=2"]
-    argv = arguments(*shared, "train.steps=2000")
     tracker, saved, moments = 0, 0, Counter()
     for kill in kills:
-        with pytest.raises(RankFailure):
-            run_on_ranks(_run, 2, argv=[*argv, *kill.options], kill=kill, log=str(log))
-        text, before = log.read_text(), tracker
+        before = tracker
+        argv = arguments(*shared, *kill.options, f"train.steps={before + BEHIND if kill.in_writer else 2000}")
+        if kill.in_writer:  # costs no run: it saves by itself from then on
+            assert run_on_ranks(_run, 2, argv=argv, kill=kill, log=str(log)) == [0, 0]
+        else:
+            with pytest.raises(RankFailure, match=f"--- rank {kill.rank} ---\nthe process died without a word"):
+                run_on_ranks(_run, 2, argv=argv, kill=kill, log=str(log))
+        text = log.read_text()
         tracker = _check(run_dir)
+        if kill.in_writer:
+            assert re.search(
+                rf"rank {kill.rank}: the process that wrote the checkpoint of step \d+ ended with -9", text
+            )
+            assert tracker == before + BEHIND
         promised = max([before, *map(int, re.findall(r"saved .*step_0*(\d+) ", text))])
         assert tracker >= promised, f"{kill}: step {promised} was saved, the tracker names {tracker}"
         assert f"go on from step_{before:08}" in text if before else "fresh start" in text
