@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from mm15_megatron.checkpoint.publish import checkpoints_folder, tracked
 from tests.helpers.launched import (
     FP32_DRIFT,
     ROOT,
@@ -62,7 +63,7 @@ def _after_several_steps(run_dir: Path, log: Path) -> list[float]:
 
 
 def _saved(run_dir: Path) -> bool:
-    return (run_dir / "checkpoints" / "latest").exists()
+    return tracked(checkpoints_folder(run_dir)) is not None
 
 
 def _rank(process: psutil.Process, number: int) -> psutil.Process:
@@ -98,7 +99,8 @@ def test_torchrun_starts_the_job_again(
     seen = _after_several_steps(run_dir, log)
     rank = _rank(psutil.Process(process.pid), 1)
     helpers = rank.children(recursive=True)
-    assert len(helpers) >= 3, "a data worker, its server, the writer of checkpoints"
+    # resources, the writer of checkpoints, and where the rank reads rows of its own a data worker and its server
+    assert len(helpers) >= (2 if layout else 4)
     os.kill(rank.pid, fault)
     assert process.wait(timeout=240) == 0, log.read_text()[-4000:]
     text, found = log.read_text(), losses(run_dir)
@@ -125,8 +127,9 @@ def test_slurm_starts_the_job_again(
         submit = ["sbatch", "--parsable", "--nodes=2", "--ntasks-per-node=1", f"--output={log}", "slurm/train.sbatch"]
         run([*submit, *arguments, f"train.run_dir={run_dir}"], env)
         seen = _after_several_steps(run_dir, log)
-        ranks = [one for one in psutil.process_iter() if f"train.run_dir={run_dir}" in one.cmdline()]
-        killed = next(one for one in ranks if one.cmdline()[1:3] == TRAIN and one.environ().get("SLURM_PROCID") == "1")
+        running = {one: one.info["cmdline"] or [] for one in psutil.process_iter(["cmdline"])}  # a zombie has none
+        ranks = [one for one, line in running.items() if f"train.run_dir={run_dir}" in line and line[1:3] == TRAIN]
+        killed = next(one for one in ranks if one.environ().get("SLURM_PROCID") == "1")
         killed.kill()
         wait_for(lambda: "requeueing job" in log.read_text(), seconds=180, what="the requeue", log=log)
         metrics = run_dir / "metrics.jsonl"
