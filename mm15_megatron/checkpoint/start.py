@@ -35,7 +35,6 @@ from mm15_megatron.config.dump import value_text
 from mm15_megatron.config.schema import RunConfig
 from mm15_megatron.errors import CheckpointError
 from mm15_megatron.models.vision_encoder import interpolate_positions
-from mm15_megatron.utils.ranks import on_every_rank
 
 MAY_DIFFER = TRAINING_ONLY | {
     "vision.image_size",
@@ -147,8 +146,7 @@ def start_from(
     check_files(checkpoint)
     expected = schema.expected_shapes(chunks)
     ignored = (schema.OPTIMIZER_PREFIX, schema.FP8_PREFIX)
-    stored = on_every_rank(lambda: checkpoint.format.stored_shapes(checkpoint.tensors))
-    found = compare_contents(stored, expected, ignored_prefixes=ignored)
+    found = compare_contents(checkpoint.stored_shapes(), expected, ignored_prefixes=ignored)
     tables = {schema.model_key(table.name): table for table in position_tables(checkpoint.config, cfg)}
     resized = {
         key: tables[key]

@@ -76,6 +76,14 @@ class Checkpoint:
         """How they lie there."""
         return tensor_format(self.config.checkpoint.format)
 
+    def stored_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the key and the whole shape of every stored tensor (every rank must call).
+
+        Raises:
+            CheckpointError: a rank cannot read them.
+        """
+        return on_every_rank(lambda: self.format.stored_shapes(self.tensors))
+
 
 def tensor_format(name: str) -> TensorFormat:
     """Return one of the formats of ``checkpoint.format``."""
@@ -236,7 +244,7 @@ def load_training(
     tensors = checkpoint.tensors
     wanted = schema.training_to_load(chunks, optimizer, optimizer_step=checkpoint.optimizer_step)
     expected = schema.expected_shapes(chunks, wanted.tensors)
-    stored = on_every_rank(lambda: checkpoint.format.stored_shapes(tensors))
+    stored = checkpoint.stored_shapes()
     check_contents(tensors, stored, expected, ignored_prefixes=(schema.FP8_PREFIX,))
     scaling = schema.amax_to_load(chunks, stored)
     loaded = checkpoint.format.load_tensors({**wanted.tensors, **scaling.tensors}, tensors)
@@ -255,7 +263,7 @@ def load_weights(checkpoint: Checkpoint, cfg: RunConfig, chunks: Sequence[nn.Mod
     check_files(checkpoint)
     tensors = checkpoint.tensors
     expected = schema.expected_shapes(chunks)
-    stored = on_every_rank(lambda: checkpoint.format.stored_shapes(tensors))
+    stored = checkpoint.stored_shapes()
     check_contents(tensors, stored, expected, ignored_prefixes=(schema.OPTIMIZER_PREFIX, schema.FP8_PREFIX))
     wanted = schema.weights_to_load(chunks)
     wanted.restore(checkpoint.format.load_tensors(wanted.tensors, tensors))

@@ -48,25 +48,24 @@ def save_tensors(tensors: Mapping[str, ShardedTensor], folder: Path) -> list[Pat
     wanted: dict[str, Shapes] = {key: shapes for share in gathered_objects(mine) for key, shapes in share.items()}
     rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
     group = on_rank_zero(lambda: _describe_group(folder))
-    described = _together(folder, lambda: [_describe(folder, key, wanted[key]) for key in sorted(wanted)[rank::ranks]])
-    written = _together(folder, lambda: [_write(folder, key, tensor) for key, tensor in tensors.items()])
+    mine_to_describe = sorted(wanted)[rank::ranks]
+    described = on_every_rank(
+        lambda: _written(folder, lambda: [_describe(folder, key, wanted[key]) for key in mine_to_describe])
+    )
+    written = on_every_rank(
+        lambda: _written(folder, lambda: [_write(folder, key, tensor) for key, tensor in tensors.items()])
+    )
     return [*written, *described, *([group] if rank == 0 else [])]
 
 
-def _together(folder: Path, work: Callable[[], list[Path]]) -> list[Path]:
-    """Do this rank's part of some work; what goes wrong on any rank is an error on all (every rank must call)."""
-    problem, done = "", []
+def _written(folder: Path, work: Callable[[], list[Path]]) -> list[Path]:
     try:
-        done = work()
+        return work()
     except _DAMAGE as error:
-        problem = f"{type(error).__name__}: {error}"
-    problems = [f"rank {rank}: {one}" for rank, one in enumerate(gathered_objects(problem)) if one]
-    if problems:
         raise CheckpointError(
-            f"the checkpoint could not be written to {folder}: {problems[0]}",
+            f"the checkpoint could not be written to {folder}: {type(error).__name__}: {error}",
             fix="check free space and permissions; the previous checkpoint is untouched",
-        )
-    return done
+        ) from error
 
 
 def stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
