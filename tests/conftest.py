@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable
 
 import pytest
+
+from tests.helpers.tables import FaultMatrix
 
 # megatron-core warns at import about every optional library that is absent; here they are absent on purpose.
 warnings.filterwarnings("ignore", module="megatron.*")
@@ -27,7 +28,7 @@ def table(request: pytest.FixtureRequest) -> dict[str, list[str]]:
 
 
 @pytest.fixture
-def fault_matrix(table: dict[str, list[str]]) -> Callable[[str, str, str], None]:
+def fault_matrix(table: dict[str, list[str]]) -> FaultMatrix:
     """Adds a line to the table of faults: what was done, at which moment, and what was seen to come of it."""
 
     def add(fault: str, moment: str, outcome: str) -> None:

@@ -30,6 +30,7 @@ from mm15_megatron.training.step import StepParts
 
 from ..helpers.layouts import change, debug_config
 from ..helpers.steps import train_steps
+from ..helpers.tables import FaultMatrix
 
 TP2DP2 = parse_layout("tp2dp2-distopt")
 AFTER = 5
@@ -155,7 +156,7 @@ def _train_with_dying_writer(cfg: RunConfig, phase: str) -> list[str]:
     "phase",
     [pytest.param(one, marks=() if one in ("tensors", "tracker", "retention") else pytest.mark.soak) for one in PHASES],
 )
-def test_a_writer_that_is_killed(phase: str, tmp_path: Path, fault_matrix: Callable[[str, str, str], None]) -> None:
+def test_a_writer_that_is_killed(phase: str, tmp_path: Path, fault_matrix: FaultMatrix) -> None:
     """The rank says so, and the run goes on from the last checkpoint that is whole."""
     cfg = _config(tmp_path, keep=1)
     first, second = run_on_ranks(_train_with_dying_writer, 2, cfg=parse_layout("dp2").apply(cfg), phase=phase)
@@ -199,9 +200,7 @@ def _sleep_in_proof(notes: str) -> None:
     save._prove = sleeping
 
 
-def test_a_rank_that_is_killed_takes_its_writer_with_it(
-    tmp_path: Path, fault_matrix: Callable[[str, str, str], None]
-) -> None:
+def test_a_rank_that_is_killed_takes_its_writer_with_it(tmp_path: Path, fault_matrix: FaultMatrix) -> None:
     """Nothing is published, and no process stays behind."""
     notes = tmp_path / "notes"
     notes.mkdir()

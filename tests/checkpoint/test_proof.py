@@ -33,22 +33,18 @@ from mm15_megatron.parallel.topology import close_topology
 from mm15_megatron.parity.layouts import parse_layout
 from mm15_megatron.parity.ranks import RankFailure, run_on_ranks
 from mm15_megatron.parity.stream import Row, rank_batches, row_of
-from mm15_megatron.parity.trace import build_parts, micro_batches
+from mm15_megatron.parity.trace import build_parts
 from mm15_megatron.training.step import StepParts, train_step
 
 from ..helpers.layouts import change, debug_config
+from ..helpers.steps import train_steps
+from ..helpers.tables import FaultMatrix
 
 TP2DP2 = parse_layout("tp2dp2-distopt")
 
 
 def _config(run_dir: Path) -> RunConfig:
     return change(debug_config(), train={"run_dir": str(run_dir)})
-
-
-def _train(parts: StepParts, step: int) -> None:
-    train = parts.cfg.train
-    rounds = train.global_batch_size // train.micro_batch_size // parts.topology.data_size
-    assert train_step(parts, micro_batches(parts.cfg, parts.topology, step=step), num_microbatches=rounds).applied
 
 
 def _save(parts: StepParts, step: int) -> None:
@@ -66,7 +62,7 @@ def _save(parts: StepParts, step: int) -> None:
 def _train_and_save(cfg: RunConfig, *, steps: int, fault: Callable[[int], None] | None = None) -> None:
     parts = build_parts(cfg)
     for step in range(1, steps + 1):
-        _train(parts, step - 1)
+        train_steps(parts, step - 1, 1)
         if fault is not None:
             fault(step)
         _save(parts, step)
@@ -136,7 +132,7 @@ def damaged(two_checkpoints: Path) -> Iterator[Path]:
 @pytest.mark.parametrize("kind", DAMAGE)
 @pytest.mark.parametrize("name", ["tensors/__1_0.distcp", "tensors/.metadata", "tensors/common.pt"])
 def test_damage_is_named_and_the_checkpoint_before_it_offered(
-    name: str, kind: str, damaged: Path, fault_matrix: Callable[[str, str, str], None]
+    name: str, kind: str, damaged: Path, fault_matrix: FaultMatrix
 ) -> None:
     damage, said = DAMAGE[kind]
     damage(damaged / name)
@@ -326,7 +322,7 @@ def test_moments_that_no_gradient_reached_are_no_stale_copy(optimizer: str, tmp_
 def _sampled(cfg: RunConfig, *, rounds: int) -> tuple[set[str], list[list[str]]]:
     """Keys read back over some saves, and the names of the moments of each."""
     parts = build_parts(cfg)
-    _train(parts, 0)
+    train_steps(parts, 0, 1)
     found = [take_samples(parts.chunks, parts.optimizer, round_number=number) for number in range(rounds)]
     close_topology()
     keys = {sample.key for samples in found for sample in samples.read_back}
@@ -397,9 +393,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.mark.parametrize("kind", ["torch_dist", "zarr"])
-def test_a_full_disk_costs_no_checkpoint(
-    kind: str, small_disk: Path, fault_matrix: Callable[[str, str, str], None]
-) -> None:
+def test_a_full_disk_costs_no_checkpoint(kind: str, small_disk: Path, fault_matrix: FaultMatrix) -> None:
     cfg = change(_config(small_disk), checkpoint={"keep": 0, "format": kind})
     with pytest.raises(RankFailure, match=r"step \d+ could not be saved: .*MiB are free there") as failed:
         run_on_ranks(_train_and_save, 2, cfg=cfg, steps=20)
@@ -420,9 +414,9 @@ def test_samples_hold_copies(tmp_path: Path) -> None:
 
 def _samples_after_a_step(cfg: RunConfig) -> bool:
     parts = build_parts(cfg)
-    _train(parts, 0)
+    train_steps(parts, 0, 1)
     samples = take_samples(parts.chunks, parts.optimizer, round_number=0).read_back
     before = [sample.values.clone() for sample in samples]
-    _train(parts, 1)
+    train_steps(parts, 1, 1)
     close_topology()
     return all(torch.equal(sample.values, values) for sample, values in zip(samples, before, strict=True))

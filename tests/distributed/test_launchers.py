@@ -20,25 +20,10 @@ from tests.helpers.launched import (
     environment,
     losses,
     run,
-    run_options,
     torchrun,
     wait_for,
 )
 from tests.helpers.slurm import cluster, why_not
-
-
-@pytest.fixture(scope="module")
-def arguments(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """What every run here is told."""
-    return run_options(tmp_path_factory.mktemp("dataset"))
-
-
-@pytest.fixture(scope="module")
-def straight(arguments: list[str], tmp_path_factory: pytest.TempPathFactory) -> list[float]:
-    """Losses of the run in one process."""
-    run_dir = tmp_path_factory.mktemp("alone")
-    run([sys.executable, *TRAIN, *arguments, f"train.run_dir={run_dir}"], environment())
-    return losses(run_dir)
 
 
 def test_torchrun_tensor_parallel(arguments: list[str], straight: list[float], tmp_path: Path) -> None:

@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -22,29 +21,20 @@ from tests.helpers.launched import (
     environment,
     losses,
     run,
-    run_options,
     torchrun,
     wait_for,
 )
 from tests.helpers.slurm import cluster, why_not
+from tests.helpers.tables import FaultMatrix
 
 SAVING = ["checkpoint.save_interval=7", "checkpoint.async_save=true"]
 SEVERAL = 13  # steps that are written down when a rank is stopped: at least five after a checkpoint
 
 
-@pytest.fixture(scope="module")
-def arguments(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """What every run here is told."""
-    options = run_options(tmp_path_factory.mktemp("dataset"))
-    return [*(one for one in options if not one.startswith("checkpoint.")), *SAVING]
-
-
-@pytest.fixture(scope="module")
-def straight(arguments: list[str], tmp_path_factory: pytest.TempPathFactory) -> list[float]:
-    """Losses of the run in one process."""
-    run_dir = tmp_path_factory.mktemp("alone")
-    run([sys.executable, *TRAIN, *arguments, f"train.run_dir={run_dir}"], environment())
-    return losses(run_dir)
+@pytest.fixture
+def saving(arguments: list[str]) -> list[str]:
+    """What every run here is told: it saves."""
+    return [*(one for one in arguments if not one.startswith("checkpoint.")), *SAVING]
 
 
 def _after_several_steps(run_dir: Path, log: Path) -> list[float]:
@@ -86,14 +76,14 @@ def _rank(process: psutil.Process, number: int) -> psutil.Process:
 def test_torchrun_starts_the_job_again(
     fault: signal.Signals,
     layout: list[str],
-    arguments: list[str],
+    saving: list[str],
     straight: list[float],
     tmp_path: Path,
-    fault_matrix: Callable[[str, str, str], None],
+    fault_matrix: FaultMatrix,
 ) -> None:
     """A rank is killed, or stands still, in a step: every loss behind the checkpoint is bitwise what it was before."""
     run_dir, log = tmp_path / "run", tmp_path / "log"
-    command = torchrun(arguments, run_dir, *layout, agent=("--max-restarts=1",))
+    command = torchrun(saving, run_dir, *layout, agent=("--max-restarts=1",))
     with log.open("w") as stream:
         process = subprocess.Popen(command, env=environment(), cwd=ROOT, stdout=stream, stderr=stream)
     seen = _after_several_steps(run_dir, log)
@@ -118,14 +108,14 @@ def test_torchrun_starts_the_job_again(
 @pytest.mark.soak
 @pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
 def test_slurm_starts_the_job_again(
-    arguments: list[str], straight: list[float], tmp_path: Path, fault_matrix: Callable[[str, str, str], None]
+    saving: list[str], straight: list[float], tmp_path: Path, fault_matrix: FaultMatrix
 ) -> None:
     """A rank of train.sbatch is killed: the script requeues its job, which ends as one process does."""
     run_dir, log = tmp_path / "run", tmp_path / "job.out"
     with cluster(tmp_path / "slurm") as slurm:
         env = {**environment(), **slurm, "PYTHON": sys.executable, "MASTER_ADDR": "127.0.0.1"}
         submit = ["sbatch", "--parsable", "--nodes=2", "--ntasks-per-node=1", f"--output={log}", "slurm/train.sbatch"]
-        run([*submit, *arguments, f"train.run_dir={run_dir}"], env)
+        run([*submit, *saving, f"train.run_dir={run_dir}"], env)
         seen = _after_several_steps(run_dir, log)
         running = {one: one.info["cmdline"] or [] for one in psutil.process_iter(["cmdline"])}  # a zombie has none
         ranks = [one for one, line in running.items() if f"train.run_dir={run_dir}" in line and line[1:3] == TRAIN]

@@ -24,6 +24,7 @@ from mm15_megatron.data.loader import Loader
 from mm15_megatron.parity.ranks import RankFailure, run_on_ranks
 from mm15_megatron.training import saver, step
 
+from ..helpers.tables import FaultMatrix
 from .runs import records, run_arguments, run_on_rank
 
 Arguments = Callable[..., list[str]]
@@ -135,7 +136,7 @@ def _drawn(count: int) -> list[Kill]:
     ],
 )
 def test_killed_again_and_again(
-    kills: Sequence[Kill], arguments: Arguments, tmp_path: Path, fault_matrix: Callable[[str, str, str], None]
+    kills: Sequence[Kill], arguments: Arguments, tmp_path: Path, fault_matrix: FaultMatrix
 ) -> None:
     """Every step of the run that got through is bitwise the undisturbed run's, and each start goes on where it must."""
     run_dir, log = tmp_path / "run", tmp_path / "log"

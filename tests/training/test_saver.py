@@ -18,6 +18,7 @@ from mm15_megatron.parity.ranks import RankFailure
 from mm15_megatron.training.run import Feed, Run
 from mm15_megatron.training.signals import EXIT_INTERRUPTED
 
+from ..helpers.tables import FaultMatrix
 from .runs import records, run_arguments
 
 IN_BACKGROUND = ["checkpoint.async_save=true", "checkpoint.save_interval=2"]
@@ -82,7 +83,7 @@ def _lose_the_writer(run: Run) -> None:
 
 @pytest.mark.parametrize("last", [False, True])
 def test_a_lost_writer_costs_no_step(
-    last: bool, arguments: Callable[..., list[str]], tmp_path: Path, fault_matrix: Callable[[str, str, str], None]
+    last: bool, arguments: Callable[..., list[str]], tmp_path: Path, fault_matrix: FaultMatrix
 ) -> None:
     """Every rank hears of it, the run saves where it stands, and waits for its saves from then on."""
     interval = 100 if last else 20

@@ -21,6 +21,7 @@ from mm15_megatron.training.run import Feed, Run
 from mm15_megatron.training.stability import EXIT_UNSTABLE, WITHOUT_TARGETS, Course, Verdict
 from mm15_megatron.training.state import TrainState
 
+from ..helpers.tables import FaultMatrix
 from .runs import records, run_arguments
 
 FAULTS = FaultConfig(max_skips_in_a_row=3, loss_spike="skip", loss_spike_window=8, loss_spike_threshold=5.0)
@@ -135,7 +136,7 @@ def test_a_run_that_is_no_number_any_more_stops_saved(
     said: str,
     arguments: Callable[..., list[str]],
     tmp_path: Path,
-    fault_matrix: Callable[[str, str, str], None],
+    fault_matrix: FaultMatrix,
 ) -> None:
     """Started again it goes on as a run that refuses the same rows and never stops."""
     argv = arguments("train.steps=9", "faults.max_skips_in_a_row=2")
@@ -189,7 +190,7 @@ def test_jumps_end_a_run_or_are_told(policy: str, arguments: Callable[..., list[
 
 
 def test_jumps_are_judged_alike_behind_a_resumption(
-    arguments: Callable[..., list[str]], tmp_path: Path, fault_matrix: Callable[[str, str, str], None]
+    arguments: Callable[..., list[str]], tmp_path: Path, fault_matrix: FaultMatrix
 ) -> None:
     """At a tiny rate losses only fluctuate: with a threshold of nearly nothing about half of them are jumps."""
     policy = ["faults.loss_spike=skip", "faults.loss_spike_window=8", "faults.loss_spike_threshold=0.000001"]

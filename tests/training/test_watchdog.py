@@ -23,6 +23,7 @@ from mm15_megatron.training.run import Run
 from mm15_megatron.training.watchdog import hang_seconds
 
 from ..helpers.layouts import change, debug_config
+from ..helpers.tables import FaultMatrix
 from .runs import records, run_arguments
 
 LIMIT = 10.0  # seconds: many times a step of the small model
@@ -153,7 +154,7 @@ def _report_of(run_dir: Path) -> str:
 
 @pytest.mark.parametrize("layout", [["dp"], ["tp", "pp"]], ids="-".join)
 def test_rank_that_hangs_in_its_data(
-    layout: list[str], arguments: Arguments, tmp_path: Path, fault_matrix: Callable[[str, str, str], None]
+    layout: list[str], arguments: Arguments, tmp_path: Path, fault_matrix: FaultMatrix
 ) -> None:
     """It is named with its phase, its last collective and the documents it waits for; nobody stays."""
     sizes = {"tp": "parallel.tensor_model_parallel_size=2", "pp": "parallel.pipeline_model_parallel_size=2"}
@@ -176,9 +177,7 @@ def test_rank_that_hangs_in_its_data(
     fault_matrix(f"rank 1 of {world} sleeps", "step 3, data", f"all leave: {second.partition(' (last')[0][:60]}")
 
 
-def test_rank_that_stands_still(
-    arguments: Arguments, tmp_path: Path, fault_matrix: Callable[[str, str, str], None]
-) -> None:
+def test_rank_that_stands_still(arguments: Arguments, tmp_path: Path, fault_matrix: FaultMatrix) -> None:
     """A stopped process says nothing; the other names its machine and process, and leaves."""
     stop = functools.partial(_stuck_in_data, rank=0, step=2, how=_stop)
     with pytest.raises(RankFailure):
@@ -196,9 +195,7 @@ def _stop_the_writer(run: Run) -> None:
     os.kill(run.saver._background._process.pid, signal.SIGSTOP)
 
 
-def test_writer_that_stands_still(
-    arguments: Arguments, tmp_path: Path, fault_matrix: Callable[[str, str, str], None]
-) -> None:
+def test_writer_that_stands_still(arguments: Arguments, tmp_path: Path, fault_matrix: FaultMatrix) -> None:
     """A file system that never answers: the run does not wait for it for ever."""
     argv = arguments(SHORT, "train.steps=1", "schedule.warmup_steps=0", "checkpoint.async_save=true")
     with pytest.raises(RankFailure, match="died without a word"):
