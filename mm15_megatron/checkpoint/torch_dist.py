@@ -34,6 +34,7 @@ from mm15_megatron.errors import CheckpointError
 from mm15_megatron.utils.ranks import on_rank_zero
 
 _BACKEND, _VERSION = "torch_dist", 1
+_FILES = 2  # that a rank writes, as megatron-core's own writer does
 _DAMAGE = (
     CheckpointException,
     CheckpointingException,
@@ -47,14 +48,16 @@ _DAMAGE = (
 
 
 class _SaveWithoutFork(SaveShardedStrategy):  # type: ignore[misc]
-    """megatron-core's plan, written by this process: one file a rank, each synced to disk."""
+    """megatron-core's plan, written by threads of this process: a file each, synced to disk."""
 
     def save(self, sharded_state_dict: dict[str, ShardedTensor], checkpoint_dir: str | Path) -> None:
         """Write this rank's shards; rank 0 also writes the index (every rank must call)."""
         by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, keep_only_main_replica=True)
+        # "single" means one a thread: several files let the disk sync one while another is made
+        writer = FileSystemWriter(checkpoint_dir, single_file_per_rank=True, sync_files=True, thread_count=_FILES)
         save(
             mcore_to_pyt_state_dict(by_key, is_loading=False),
-            storage_writer=FileSystemWriter(checkpoint_dir, single_file_per_rank=True, sync_files=True),
+            storage_writer=writer,
             planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
         )
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Final
 
@@ -52,9 +53,7 @@ def save_tensors(tensors: Mapping[str, ShardedTensor], folder: Path) -> list[Pat
     described = on_every_rank(
         lambda: _written(folder, lambda: [_describe(folder, key, wanted[key]) for key in mine_to_describe])
     )
-    written = on_every_rank(
-        lambda: _written(folder, lambda: [_write(folder, key, tensor) for key, tensor in tensors.items()])
-    )
+    written = on_every_rank(lambda: _written(folder, lambda: _write_shards(folder, tensors)))
     return [*written, *described, *([group] if rank == 0 else [])]
 
 
@@ -164,11 +163,21 @@ def _chunk(shard: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
     return tuple(chunk)
 
 
+def _write_shards(folder: Path, tensors: Mapping[str, ShardedTensor]) -> list[Path]:
+    """Write this rank's shards; one is synced to disk while the next is made."""
+    with ThreadPoolExecutor(max_workers=1) as disk:
+        synced = [disk.submit(_sync, _write(folder, key, tensor)) for key, tensor in tensors.items()]
+        return [one.result() for one in synced]
+
+
 def _write(folder: Path, key: str, tensor: ShardedTensor) -> Path:
     offset, local = tuple(tensor.global_offset), tuple(tensor.local_shape)
-    array: Any = zarr.open_array(folder / key, mode="r+", config=_ALWAYS)
+    array: Any = zarr.open_array(folder / key, mode="r+").with_config(_ALWAYS)
     array[_slices(offset, local)] = _plain(tensor.data.detach().cpu())
-    path = _shard(folder, key, offset, local)
+    return _shard(folder, key, offset, local)
+
+
+def _sync(path: Path) -> Path:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

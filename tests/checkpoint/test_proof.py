@@ -86,7 +86,7 @@ def test_every_file_has_its_proof(tmp_path: Path) -> None:
     proof = Proof.read(folder)
     files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     assert set(proof.files) == files - {"proof.json"}
-    assert len([name for name in files if name.endswith(".distcp")]) == 4
+    assert len([name for name in files if name.endswith(".distcp")]) == 2 * 4
     assert all(digest_of_file(folder / name) == one for name, one in proof.files.items())
     assert proof.optimizer_step == 1
     assert proof.moments

@@ -306,7 +306,7 @@ def test_tensors_that_are_not_those_of_the_stated_options_are_refused(tmp_path: 
 def test_damaged_tensors_are_refused(tmp_path: Path) -> None:
     """A file that ends early, and one that is gone."""
     _saved(tmp_path / "source")
-    (file,) = checkpoints_folder(tmp_path / "source").glob("step_*/tensors/*.distcp")
+    (file,) = checkpoints_folder(tmp_path / "source").glob("step_*/tensors/__0_0.distcp")
     file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(RankFailure, match=r"is damaged: tensors/__0_0\.distcp has 1000 bytes instead of"):
         run_on_ranks(_start, 1, cfg=_run(tmp_path / "run"), place=str(tmp_path / "source"))

@@ -111,9 +111,12 @@ def _save_twice(cfg: RunConfig) -> None:
     close_topology()
 
 
-def test_save_publishes_and_retains(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("kind", "files"), [("torch_dist", {".metadata", "metadata.json", "__0_0.distcp"}), ("zarr", {"zarr.json"})]
+)
+def test_save_publishes_and_retains(kind: str, files: set[str], tmp_path: Path) -> None:
     """A saved checkpoint is complete and tracked; a save before the first step stores zero moments."""
-    cfg = change(debug_config(), train={"run_dir": str(tmp_path)}, checkpoint={"keep": 1})
+    cfg = change(debug_config(), train={"run_dir": str(tmp_path)}, checkpoint={"keep": 1, "format": kind})
     run_on_ranks(_save_twice, 2, cfg=cfg)
     folder = checkpoints_folder(tmp_path)
     assert sorted(path.name for path in folder.iterdir()) == ["latest", "step_00000002"]
@@ -121,11 +124,7 @@ def test_save_publishes_and_retains(tmp_path: Path) -> None:
     assert found is not None
     assert (found.config, found.step, found.optimizer_step) == (cfg, 2, 0)
     assert found.layout["world_size"] == 2
-    assert {path.name for path in (found.folder / "tensors").iterdir()} >= {
-        ".metadata",
-        "metadata.json",
-        "__0_0.distcp",
-    }
+    assert {path.name for path in (found.folder / "tensors").iterdir()} >= files
 
 
 def test_unwritable_folder_is_one_error_on_every_rank(tmp_path: Path) -> None:

@@ -34,8 +34,8 @@ def _load(folder: str) -> dict[str, torch.Tensor]:
 
 def test_every_rank_says_which_files_it_wrote(tmp_path: Path) -> None:
     first, second = run_on_ranks(_save, 2, folder=str(tmp_path))
-    assert first == [".metadata", "__0_0.distcp", "common.pt", "metadata.json"]
-    assert second == ["__1_0.distcp"]
+    assert first == [".metadata", "__0_0.distcp", "__0_1.distcp", "common.pt", "metadata.json"]
+    assert second == ["__1_0.distcp", "__1_1.distcp"]
     assert sorted(first + second) == sorted(path.name for path in tmp_path.iterdir())
     assert stored_shapes(tmp_path) == {"halves": (4, 3), "vector": (5,)}
     (loaded,) = run_on_ranks(_load, 1, folder=str(tmp_path))

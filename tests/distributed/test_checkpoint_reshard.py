@@ -244,7 +244,7 @@ def test_training_what_was_frozen_is_refused(tmp_path: Path) -> None:
 def test_damaged_tensors_are_refused(tmp_path: Path) -> None:
     """A truncated tensor file is an error that names the folder, not a model with wrong weights."""
     run_on_ranks(_train_and_save, 1, cfg=_in(tmp_path, ONE))
-    (file,) = checkpoints_folder(tmp_path).glob("step_*/tensors/*.distcp")
+    (file,) = checkpoints_folder(tmp_path).glob("step_*/tensors/__0_0.distcp")
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     with pytest.raises(
         RankFailure, match=r"CheckpointError: .* is damaged: tensors/__0_0\.distcp has \d+ bytes instead"
