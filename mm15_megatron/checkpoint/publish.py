@@ -11,12 +11,12 @@ Nothing but the tracker decides what is loaded. These functions run on one rank;
 from __future__ import annotations
 
 import logging
-import os
 import re
 import shutil
 from pathlib import Path
 
 from mm15_megatron.errors import CheckpointError
+from mm15_megatron.utils.files import sync_to_disk
 
 TRACKER = "latest"
 NOTHING_YET = "none"
@@ -100,11 +100,11 @@ def publish(writing: Path, *, step: int) -> Path:
     """
     folder = writing.parent
     for path in [*writing.rglob("*"), writing]:
-        _sync(path)
+        sync_to_disk(path)
     final = folder / name_of_step(step)
     replaced = _hide(final) if final.exists() else None
     writing.rename(final)
-    _sync(folder)
+    sync_to_disk(folder)
     _move_tracker(folder, final.name)
     if replaced is not None:
         _discard(replaced)
@@ -139,14 +139,6 @@ def _hide(checkpoint: Path) -> Path:
 def _move_tracker(folder: Path, name: str) -> None:
     temporary = folder / f".{TRACKER}"
     temporary.write_text(name + "\n", encoding="utf-8")
-    _sync(temporary)
+    sync_to_disk(temporary)
     temporary.replace(folder / TRACKER)
-    _sync(folder)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync_to_disk(folder)

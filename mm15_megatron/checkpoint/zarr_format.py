@@ -25,6 +25,7 @@ from megatron.core.dist_checkpointing import ShardedTensor
 
 from mm15_megatron.checkpoint.contents import damaged
 from mm15_megatron.errors import CheckpointError
+from mm15_megatron.utils.files import sync_to_disk
 from mm15_megatron.utils.ranks import gathered_objects, on_every_rank, on_rank_zero
 
 _CHUNK_BYTES: Final = 16 << 20
@@ -140,7 +141,6 @@ def _describe(folder: Path, key: str, shapes: Shapes) -> Path:
         compressors=None,
         fill_value=0,
         attributes={"dtype": str(dtype).removeprefix("torch.")},
-        config=_ALWAYS,
     )
     return folder / key / "zarr.json"
 
@@ -166,8 +166,10 @@ def _chunk(shard: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
 def _write_shards(folder: Path, tensors: Mapping[str, ShardedTensor]) -> list[Path]:
     """Write this rank's shards; one is synced to disk while the next is made."""
     with ThreadPoolExecutor(max_workers=1) as disk:
-        synced = [disk.submit(_sync, _write(folder, key, tensor)) for key, tensor in tensors.items()]
-        return [one.result() for one in synced]
+        syncs = {path: disk.submit(sync_to_disk, path) for path in (_write(folder, *item) for item in tensors.items())}
+        for one in syncs.values():
+            one.result()
+    return list(syncs)
 
 
 def _write(folder: Path, key: str, tensor: ShardedTensor) -> Path:
@@ -175,15 +177,6 @@ def _write(folder: Path, key: str, tensor: ShardedTensor) -> Path:
     array: Any = zarr.open_array(folder / key, mode="r+").with_config(_ALWAYS)
     array[_slices(offset, local)] = _plain(tensor.data.detach().cpu())
     return _shard(folder, key, offset, local)
-
-
-def _sync(path: Path) -> Path:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-    return path
 
 
 def _read(folder: Path, key: str, offset: tuple[int, ...], shape: tuple[int, ...]) -> torch.Tensor:

@@ -124,7 +124,7 @@ def _arm(phase: str) -> None:
     elif phase == "proof":
         save._write_proof = dying
     elif phase == "rename":
-        publish._hide = publish._sync = dying
+        publish._hide = publish.sync_to_disk = dying
     elif phase == "tracker":
         publish._move_tracker = dying
     elif phase == "retention":

@@ -39,7 +39,7 @@ WHERE: dict[str, tuple[Any, str]] = {
     "tensors (zarr)": (zarr_format, "_write"),
     "proof": (save, "_prove"),
     "proof written": (save, "_write_proof"),
-    "publish: sync": (publish, "_sync"),
+    "publish: sync": (publish, "sync_to_disk"),
     "publish: renamed": (publish, "_move_tracker"),
     "publish: tracked": (save, "apply_retention"),
     "publish: removal": (publish.shutil, "rmtree"),

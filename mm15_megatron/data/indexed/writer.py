@@ -35,6 +35,7 @@ from mm15_megatron.data.indexed.format import (
 )
 from mm15_megatron.data.indexed.reader import IndexedSource, PairReader
 from mm15_megatron.errors import DataError
+from mm15_megatron.utils.files import sync_to_disk
 
 _PARTIAL: Final = ".partial"
 _EVERY_SUFFIX: Final = (*suffixes("conversations"), ".json")  # conversations have all the files a kind can have
@@ -319,7 +320,7 @@ class DatasetWriter:
             with_suffix(self._prefix, suffix).unlink(missing_ok=True)
         for suffix in (*files, ".json"):
             os.replace(self._partial(suffix), with_suffix(self._prefix, suffix))
-        _sync_folder(self._prefix.parent)
+        sync_to_disk(self._prefix.parent)
         self._manifest = manifest
 
 
@@ -357,11 +358,3 @@ def _sync_and_close(stream: BinaryIO) -> None:
     stream.flush()
     os.fsync(stream.fileno())
     stream.close()
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
