@@ -104,7 +104,7 @@ class Bench:
             steps.clear()
 
     def _num_bytes(self) -> int:
-        mine = sum(tensor.data.nbytes for tensor in self._snapshot("torch_dist").tensors.values())
+        mine = sum(tensor.nbytes for tensor in self._snapshot("torch_dist").data().values())
         total = torch.tensor(mine, dtype=torch.int64, device=self._parts.topology.device)
         torch.distributed.all_reduce(total)
         return int(total.item())
@@ -180,9 +180,9 @@ class Bench:
         way.seconds.append(self._slowest(written.seconds))
 
     def _peer(self, name: str, write: Callable[[dict[str, torch.Tensor], Path], None]) -> None:
-        """Write this rank's tensors into one file of its own beside the one before, which goes then, as ours do."""
+        """Write what this rank holds into one file of its own beside the one before, which goes then, as ours do."""
         way = self._measured.ways[name]
-        tensors = {key: tensor.data for key, tensor in self._snapshot("torch_dist").tensors.items()}
+        tensors = self._snapshot("torch_dist").data()
         path = self._folder / f"{name.replace(' ', '_')}_{torch.distributed.get_rank()}"
         new = path.with_name(f"{path.name}.new")
         self._step()  # as before ours: a virtual machine takes back memory that nobody has used for a while
@@ -218,11 +218,11 @@ def _write_torch(tensors: dict[str, torch.Tensor], path: Path) -> None:
 
 def report_lines(measured: Measured, *, ranks: int) -> list[str]:
     """Return the figures as lines of Markdown."""
-    mega = measured.num_bytes / 1e6
+    mega, rounds = measured.num_bytes / 1e6, len(measured.ways[DISK].seconds)
     median = {name: statistics.median(way.seconds) for name, way in measured.ways.items()}
     lines = [
         f"{mega:,.0f} MB of weights, masters and moments from {ranks} rank{'' if ranks == 1 else 's'}; medians of "
-        f"{len(measured.ways[DISK].seconds)} rounds, the slowest rank counts.",
+        f"{rounds} round{'' if rounds == 1 else 's'}, the slowest rank counts.",
         "",
         "| way | seconds | MB/s | of the disk alone | of torch.save | blocked, s |",
         "|---|---|---|---|---|---|",

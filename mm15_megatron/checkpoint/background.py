@@ -2,7 +2,7 @@
 
 A snapshot is copied into memory that both processes see, and the training goes on; the processes beside the ranks have
 a process group of their own and take the snapshot to disk exactly as the ranks themselves would (``save.py``): they
-write, prove, publish and move the tracker. One snapshot is on its way at a time.
+exchange what lies scattered, write, prove, publish and move the tracker. One snapshot is on its way at a time.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from typing import Any
@@ -138,14 +138,13 @@ class BackgroundWriter:
         self._began, self._step = time.monotonic(), snapshot.step
         self._phase, self._outcome = "", None
         try:
-            places, grown = self._staging.hold({key: tensor.data for key, tensor in snapshot.tensors.items()})
+            places, grown = self._staging.hold(snapshot.data())
         except CheckpointError as error:
             self._process.kill()
             self._outcome = error
             return
-        bare = {key: tensor.without_data() for key, tensor in snapshot.tensors.items()}
         with suppress(OSError):  # the process is gone: ``result`` sees that it ended, and with what
-            self._pipe.send(_Job(replace(snapshot, tensors=bare), places, self._staging.memory if grown else None))
+            self._pipe.send(_Job(snapshot.without_data(), places, self._staging.memory if grown else None))
 
     @property
     def failed(self) -> bool:
@@ -266,9 +265,9 @@ def _meet(meeting: _Meeting) -> GivenUp | None:
 
 
 def _write(job: _Job, memory: torch.Tensor, *, tell: Callable[[str], None]) -> str | CheckpointError:
-    tensors = {key: replace(tensor, data=job.places[key].view(memory)) for key, tensor in job.snapshot.tensors.items()}
+    snapshot = job.snapshot.with_data({key: place.view(memory) for key, place in job.places.items()})
     try:
-        return str(write_snapshot(replace(job.snapshot, tensors=tensors), tell=tell))
+        return str(write_snapshot(snapshot, tell=tell))
     except CheckpointError as error:
         return error
     except RuntimeError as error:  # a neighbour is gone

@@ -14,6 +14,7 @@ from typing import Protocol, runtime_checkable
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
+from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBuffer
 from megatron.core.fp8_utils import is_float8tensor, post_all_gather_processing
 from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
@@ -21,6 +22,7 @@ from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 from torch import nn
 from torch.distributed import ProcessGroup
 
+from mm15_megatron.checkpoint.exchange import Share
 from mm15_megatron.errors import CheckpointError
 from mm15_megatron.utils.ranks import gathered_objects
 
@@ -132,26 +134,46 @@ class WholeState:
     shape: StateTensor | None = None
 
 
-def whole_states(optimizer: MegatronOptimizer, *, writers: Mapping[nn.Parameter, int]) -> Iterator[WholeState]:
-    """Yield the state that this rank holds whole, or is sent because it writes it.
-
-    With the distributed optimizer the shards go to their writers over the data-parallel group on the CPU, one bucket
-    and one kind at a time; every rank of the group must run the iterator to its end.
-
-    Args:
-        optimizer: the optimizer.
-        writers: by parameter, the rank in its data-parallel group that its state is sent to; none for parameters that
-            are left out.
-    """
+def whole_states(optimizer: MegatronOptimizer) -> Iterator[WholeState]:
+    """Yield the state that this rank holds whole: all but the distributed optimizer's."""
     local: dict[nn.Parameter, Piece] = {piece.parameter: piece for piece in pieces(optimizer)}
     for part in inner_optimizers(optimizer):
         if isinstance(part, DistributedOptimizer):
-            yield from _assembled(part, local, writers)
             continue
         for parameter, _ in _mains(part):
             piece = local[parameter]
             for kind, tensor in piece.tensors.items():
                 yield WholeState(parameter, kind, tensor.detach(), piece.shapes.get(kind))
+
+
+@dataclass(frozen=True)
+class ScatteredState:
+    """One tensor of the state of a parameter that lies scattered over the ranks of its data-parallel group.
+
+    Attributes:
+        parameter: the model parameter.
+        kind: ``master`` or a moment.
+        held: this rank's range, flat and live; empty if it has none.
+        shares: who holds which range of the flattened parameter.
+    """
+
+    parameter: nn.Parameter
+    kind: str
+    held: torch.Tensor
+    shares: tuple[Share, ...]
+
+
+def scattered_states(optimizer: MegatronOptimizer) -> Iterator[ScatteredState]:
+    """Yield the distributed optimizer's state, of every parameter of this rank's model that it updates."""
+    local: dict[nn.Parameter, Piece] = {piece.parameter: piece for piece in pieces(optimizer)}
+    for part in inner_optimizers(optimizer):
+        if not isinstance(part, DistributedOptimizer):
+            continue
+        for buffer in part.buffers:
+            for parameter, shares in _shares(buffer, part.data_parallel_group):
+                for kind in ("master", *_MOMENTS):
+                    held = local[parameter].tensors[kind].detach() if parameter in local else torch.empty(0)
+                    yield ScatteredState(parameter, kind, held.reshape(-1), shares)
 
 
 def get_step(optimizer: MegatronOptimizer) -> int:
@@ -255,66 +277,18 @@ def _counts(inner: torch.optim.Optimizer) -> set[int]:
     return {int(group["step"]) for group in inner.param_groups if group["params"] and "step" in group}
 
 
-def _assembled(
-    part: DistributedOptimizer, local: Mapping[nn.Parameter, Piece], writers: Mapping[nn.Parameter, int]
-) -> Iterator[WholeState]:
-    """Send the shards of each bucket, which are equally long on every rank and cut through parameters, to the writers.
+def _shares(buffer: _ParamAndGradBuffer, group: ProcessGroup) -> Iterator[tuple[nn.Parameter, tuple[Share, ...]]]:
+    """Say who holds which range of each parameter of a buffer.
 
-    A rank receives what it writes and no more.
+    A bucket is cut into equally long shards, one a rank, wherever that cuts the parameters in it.
     """
-    group = part.data_parallel_group_gloo
-    for buffer, ranges in zip(part.buffers, part.gbuf_ranges, strict=True):
-        (bucket_ranges,) = ranges.values()
-        for bucket, owned in zip(buffer.buckets, bucket_ranges, strict=True):
-            spans = {p: buffer.param_index_map[p][:2] for p in bucket.params_list if p in writers}
-            spans = {p: (start - bucket.offset, stop - bucket.offset) for p, (start, stop) in spans.items()}
-            cut = _Cut(spans, writers, bucket.grad_data.numel() // group.size())
-            for kind in ("master", *_MOMENTS):
-                shard = torch.zeros(cut.length)
-                for parameter, where in owned["param_map"].items():
-                    span = where["gbuf_local"]
-                    shard[span.start : span.end] = local[parameter].tensors[kind].detach().reshape(-1).cpu()
-                for parameter, flat in cut.exchange(shard, group).items():
-                    yield WholeState(parameter, kind, flat.view(parameter.shape))
-
-
-@dataclass(frozen=True)
-class _Cut:
-    """How a bucket is cut into equal shards, and who writes its parameters.
-
-    Attributes:
-        spans: first element of each parameter in the bucket, and one past its last.
-        writers: rank in the group that writes each.
-        length: elements of a shard.
-    """
-
-    spans: Mapping[nn.Parameter, tuple[int, int]]
-    writers: Mapping[nn.Parameter, int]
-    length: int
-
-    def part(self, parameter: nn.Parameter, rank: int) -> slice:
-        """Return the elements of a rank's shard that belong to a parameter."""
-        start, stop = (min(max(at - rank * self.length, 0), self.length) for at in self.spans[parameter])
-        return slice(start, stop)
-
-    def exchange(self, shard: torch.Tensor, group: ProcessGroup) -> dict[nn.Parameter, torch.Tensor]:
-        """Send this rank's shard to the writers; return what this rank writes, flat (every rank must call)."""
-        me, ranks = group.rank(), range(group.size())
-        sent = [[shard[self.part(p, me)] for p in self.spans if self.writers[p] == to] for to in ranks]
-        mine = [p for p in self.spans if self.writers[p] == me]
-        parts = [[self.part(p, sender) for p in mine] for sender in ranks]
-        sizes = [[part.stop - part.start for part in of_sender] for of_sender in parts]
-        received = torch.empty(sum(map(sum, sizes)))
-        torch.distributed.all_to_all_single(
-            received,
-            torch.cat([piece for pieces_to in sent for piece in pieces_to] or [shard[:0]]),
-            output_split_sizes=[sum(of_sender) for of_sender in sizes],
-            input_split_sizes=[sum(piece.numel() for piece in pieces_to) for pieces_to in sent],
-            group=group,
-        )
-        pieces_by_sender = iter(received.split([size for of_sender in sizes for size in of_sender]))
-        found: dict[nn.Parameter, list[torch.Tensor]] = {p: [] for p in mine}
-        for _ in ranks:
-            for parameter in mine:
-                found[parameter].append(next(pieces_by_sender))
-        return {parameter: torch.cat(in_order) for parameter, in_order in found.items()}
+    ranks = torch.distributed.get_process_group_ranks(group)
+    for bucket in buffer.buckets:
+        length = bucket.grad_data.numel() // len(ranks)
+        for parameter in bucket.params_list:
+            first, end = (at - bucket.offset for at in buffer.param_index_map[parameter][:2])
+            cuts = [
+                Share(rank, max(length * i, first) - first, min(length * (i + 1), end) - first)
+                for i, rank in enumerate(ranks)
+            ]
+            yield parameter, tuple(share for share in cuts if share.start < share.stop)

@@ -27,18 +27,19 @@ from megatron.core.optimizer import MegatronOptimizer
 from torch import nn
 from torch.distributed import ProcessGroup
 
+from mm15_megatron.checkpoint.exchange import Scattered
 from mm15_megatron.checkpoint.optimizer_state import (
     StateTensor,
     gather_parameters,
     get_step,
     pieces,
     publish_masters,
+    scattered_states,
     set_step,
     whole_states,
 )
 from mm15_megatron.models.fp8_state import AmaxState, amax_states, open_tables, plain
 from mm15_megatron.models.global_parameters import GlobalParameter, global_parameters, spread_by_size
-from mm15_megatron.parallel.topology import Topology
 
 OPTIMIZER_PREFIX, FP8_PREFIX = "optimizer.", "fp8."
 
@@ -48,11 +49,15 @@ class StateToSave:
     """The share of the state that this rank writes: every tensor shard is written by exactly one rank.
 
     Attributes:
-        tensors: by key.
+        tensors: by key, those that it holds.
+        scattered: by key, those that it writes or holds a range of (the distributed optimizer's).
+        held: by key, these ranges, flat.
         optimizer_step: AdamW's step count, equal on every rank.
     """
 
     tensors: dict[str, ShardedTensor]
+    scattered: dict[str, Scattered]
+    held: dict[str, torch.Tensor]
     optimizer_step: int
 
 
@@ -96,10 +101,8 @@ def unwrapped(chunks: Sequence[nn.Module]) -> list[nn.Module]:
     return [chunk.module if isinstance(chunk, DistributedDataParallel) else chunk for chunk in chunks]
 
 
-def state_to_save(
-    chunks: Sequence[DistributedDataParallel], optimizer: MegatronOptimizer, *, topology: Topology
-) -> StateToSave:
-    """Describe what this rank writes; every rank must call (shards of the distributed optimizer go to the writers)."""
+def state_to_save(chunks: Sequence[DistributedDataParallel], optimizer: MegatronOptimizer) -> StateToSave:
+    """Describe what this rank writes, and what it sends to those that write (every rank must call)."""
     for chunk in chunks:
         if chunk.ddp_config.overlap_param_gather:
             gather_parameters(chunk)  # otherwise the next forward pass would fetch the last update
@@ -111,7 +114,7 @@ def state_to_save(
     for item in mine.values():
         key = model_key(item.name)
         tensors[key] = _sharded(item, key, plain(item.parameter))
-    for state in whole_states(optimizer, writers=in_data_group):
+    for state in whole_states(optimizer):
         if state.parameter not in mine:
             continue
         item = mine[state.parameter]
@@ -123,7 +126,27 @@ def state_to_save(
         if scaling.weight.is_first_replica:
             for key, tensor in _amax_tensors(scaling).items():
                 tensors[key] = ShardedTensor.from_rank_offsets(key, tensor.contiguous(), replica_id=0)
-    return StateToSave(tensors, get_step(optimizer))
+    scattered, held = _scattered(items, in_data_group, optimizer)
+    return StateToSave(tensors, scattered, held, get_step(optimizer))
+
+
+def _scattered(
+    items: Sequence[GlobalParameter], writers: Mapping[nn.Parameter, int], optimizer: MegatronOptimizer
+) -> tuple[dict[str, Scattered], dict[str, torch.Tensor]]:
+    """Describe what lies scattered over data groups: what this rank writes or holds a range of, and these ranges."""
+    scattered, held = {}, {}
+    written = {item.parameter: item for item in items if item.parameter in writers}
+    for state in scattered_states(optimizer):
+        if state.parameter not in written:
+            continue
+        item, writer = written[state.parameter], writers[state.parameter]
+        key = optimizer_key(item.name, state.kind)
+        if state.held.numel():
+            held[key] = state.held
+        if state.held.numel() or writer == item.data_group.rank():
+            ranks = torch.distributed.get_process_group_ranks(item.data_group)
+            scattered[key] = Scattered(_request(item, key, torch.float32), ranks[writer], state.shares)
+    return scattered, held
 
 
 def weights_to_load(chunks: Sequence[nn.Module]) -> StateToLoad:

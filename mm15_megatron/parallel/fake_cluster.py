@@ -6,7 +6,6 @@ Nothing is computed and nothing is sent.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -91,27 +90,13 @@ def fake_rank(parallel: ParallelConfig, *, rank: int, world_size: int) -> Iterat
         )
     cpu_emulation.install()
     place = Rendezvous("fake", rank, world_size, rank % 8, 8, "")
-    patches = {
-        (torch.cuda, "current_device"): lambda: _META,
-        (torch.distributed, "new_group"): _without_gloo(torch.distributed.new_group),
-    }
-    with _patched(patches), _AllocateOnMeta():
+    with _patched({(torch.cuda, "current_device"): lambda: _META}), _AllocateOnMeta():
         torch.distributed.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
         try:
             topology = build_topology(replace(parallel, device="cpu"), place=place)
             yield replace(topology, device=_META)
         finally:
             close_topology()
-
-
-def _without_gloo(new_group: Callable[..., Any]) -> Callable[..., Any]:
-    """megatron-core makes gloo companions of its groups; in a fake cluster there is nobody to connect to."""
-
-    @functools.wraps(new_group)
-    def fake_group(*args: Any, **kwargs: Any) -> Any:
-        return new_group(*args, **kwargs | {"backend": None})
-
-    return fake_group
 
 
 @contextmanager

@@ -197,6 +197,7 @@ def build_topology(parallel: ParallelConfig, *, place: Rendezvous) -> Topology:
         expert_model_parallel_size=parallel.expert_model_parallel_size,
         expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
         distributed_timeout_minutes=parallel.distributed_timeout_minutes,
+        create_gloo_process_groups=False,  # what moves on the CPU does so in the default group
     )
     groups = ProcessGroupCollection.use_mpu_process_groups()
     shares_tiles = parallel.encoder_parallel == "data"

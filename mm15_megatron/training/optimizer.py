@@ -68,7 +68,7 @@ def build_optimizer(cfg: RunConfig, chunks: Sequence[DistributedDataParallel]) -
         return build_adafactor(cfg, chunks, config, rates=rates)
     with chosen_adam(cfg.kernels):
         optimizer = get_megatron_optimizer(
-            config, list(chunks), config_overrides=_overrides(cfg, rates), use_gloo_process_groups=True
+            config, list(chunks), config_overrides=_overrides(cfg, rates), use_gloo_process_groups=False
         )
     for part in optimizer.chained_optimizers:
         use_fused_kernel(part.optimizer)

@@ -16,7 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from mm15_megatron.checkpoint import publish, save, torch_dist
+from mm15_megatron.checkpoint import exchange, publish, save, torch_dist
 from mm15_megatron.checkpoint.background import BackgroundWriter, GivenUp, Written, _meet, _Meeting
 from mm15_megatron.checkpoint.publish import checkpoints_folder
 from mm15_megatron.checkpoint.save import save_checkpoint, take_snapshot
@@ -119,7 +119,9 @@ def _arm(phase: str) -> None:
     def dying(*unused: object, **also: object) -> None:
         _die()
 
-    if phase == "tensors":
+    if phase == "exchange":
+        exchange.replace = dying
+    elif phase == "tensors":
         torch_dist.save = dying
     elif phase == "proof":
         save._write_proof = dying
@@ -133,7 +135,7 @@ def _arm(phase: str) -> None:
         _die()
 
 
-PHASES = {"begin": 1, "tensors": 1, "proof": 1, "rename": 1, "tracker": 1, "retention": 2}
+PHASES = {"begin": 1, "exchange": 1, "tensors": 1, "proof": 1, "rename": 1, "tracker": 1, "retention": 2}
 """By phase: the step that the tracker names after a death in it, while step 2 is being saved."""
 
 
@@ -154,12 +156,15 @@ def _train_with_dying_writer(cfg: RunConfig, phase: str) -> list[str]:
 
 @pytest.mark.parametrize(
     "phase",
-    [pytest.param(one, marks=() if one in ("tensors", "tracker", "retention") else pytest.mark.soak) for one in PHASES],
+    [
+        pytest.param(one, marks=() if one in ("exchange", "tracker", "retention") else pytest.mark.soak)
+        for one in PHASES
+    ],
 )
 def test_a_writer_that_is_killed(phase: str, tmp_path: Path, fault_matrix: FaultMatrix) -> None:
     """The rank says so, and the run goes on from the last checkpoint that is whole."""
     cfg = _config(tmp_path, keep=1)
-    first, second = run_on_ranks(_train_with_dying_writer, 2, cfg=parse_layout("dp2").apply(cfg), phase=phase)
+    first, second = run_on_ranks(_train_with_dying_writer, 2, cfg=parse_layout("dp2-distopt").apply(cfg), phase=phase)
     assert (first[0], second[0]) == ("", "")
     assert "the process that wrote the checkpoint of step 2 ended with -9" in first[1]
     assert "was given up" in second[1]

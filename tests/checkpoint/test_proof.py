@@ -201,6 +201,8 @@ def _first_state_again(step: int) -> None:
         found = describe(*arguments, **also)
         for key, tensor in found.tensors.items():
             tensor.data = kept.setdefault(key, tensor.data.clone())
+        for key, part in found.held.items():
+            found.held[key] = kept.setdefault(key, part.clone())
         return found
 
     schema.state_to_save = stale

@@ -9,22 +9,24 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from mm15_megatron.checkpoint.optimizer_state import get_step, whole_states
+from mm15_megatron.checkpoint.exchange import assembled
+from mm15_megatron.checkpoint.optimizer_state import get_step
 from mm15_megatron.checkpoint.proof import Proof, digest_of_file
 from mm15_megatron.checkpoint.publish import checkpoints_folder
 from mm15_megatron.checkpoint.save import save_checkpoint
+from mm15_megatron.checkpoint.schema import state_to_save
 from mm15_megatron.checkpoint.start import MAY_DIFFER, find_start, start_from
 from mm15_megatron.checkpoint.store import model_differences
 from mm15_megatron.config.dump import dump_flat
 from mm15_megatron.config.schema import RunConfig
 from mm15_megatron.errors import CheckpointError
-from mm15_megatron.models.global_parameters import global_parameters
 from mm15_megatron.parallel.topology import close_topology
 from mm15_megatron.parity.layouts import Layout, parse_layout
 from mm15_megatron.parity.ranks import RankFailure, run_on_ranks
 from mm15_megatron.parity.trace import build_parts, gathered, micro_batches
 from mm15_megatron.presets import resolve
 from mm15_megatron.training.step import StepParts, train_step
+from mm15_megatron.utils.ranks import gathered_objects
 
 from ..helpers.layouts import LAYOUTS, change, debug_config
 from .test_store import published_checkpoint
@@ -85,15 +87,20 @@ def _train_and_save(cfg: RunConfig) -> Whole:
 
 
 def _states(parts: StepParts) -> dict[str, Whole]:
-    """Whole masters and moments by kind and name, on the rank that speaks for each."""
+    """Whole masters and moments by kind and name."""
     assert parts.optimizer is not None
-    items = {item.parameter: item for item in global_parameters([chunk.module for chunk in parts.chunks])}
+    saved = state_to_save(parts.chunks, parts.optimizer)
+    mine = {key: (one.global_shape, one.global_offset, one.data) for key, one in saved.tensors.items()}
+    for key, one in assembled(saved.scattered, saved.held).items():
+        mine[key] = one.global_shape, one.global_offset, one.data
     found: dict[str, Whole] = {}
-    for state in whole_states(parts.optimizer, writers=dict.fromkeys(items, 0)):
-        item = items[state.parameter]
-        whole = item.gather(state.tensor)
-        if item.is_first_replica:
-            found.setdefault(state.kind, {})[item.name] = whole
+    for share in gathered_objects(mine):
+        for key, (shape, offset, part) in share.items():
+            name, _, kind = key.removeprefix("optimizer.").rpartition(".")
+            if not key.startswith("optimizer."):
+                continue
+            whole = found.setdefault(kind, {}).setdefault(name, torch.full(shape, torch.nan))
+            whole[tuple(slice(at, at + n) for at, n in zip(offset, part.shape, strict=True))] = part
     return found
 
 

@@ -30,7 +30,7 @@ def test_every_way_writes_the_same_bytes(tmp_path: Path) -> None:
     assert measured == other, "the slowest rank counts, on every rank"
     for fmt in FORMATS:
         way = measured.ways[fmt]
-        assert list(way.phases) == ["snapshot", "begin", "tensors", "proof", "publish"]
+        assert list(way.phases) == ["snapshot", "begin", "exchange", "tensors", "proof", "publish"]
         for number, seconds in enumerate(way.seconds):
             assert sum(phase[number] for phase in way.phases.values()) >= 0.99 * seconds
         assert len(way.load) == ROUNDS

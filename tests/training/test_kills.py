@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from mm15_megatron.checkpoint import publish, save, torch_dist, zarr_format
+from mm15_megatron.checkpoint import exchange, publish, save, torch_dist, zarr_format
 from mm15_megatron.checkpoint.background import BackgroundWriter
 from mm15_megatron.checkpoint.proof import Proof, damaged_files
 from mm15_megatron.checkpoint.publish import checkpoints_folder, published, step_of_name, tracked
@@ -35,6 +35,7 @@ WHERE: dict[str, tuple[Any, str]] = {
     "update": (step, "_update"),
     "snapshot": (saver, "take_snapshot"),
     "begin": (save, "_begin"),
+    "exchange": (exchange, "replace"),
     "tensors (torch_dist)": (torch_dist, "save"),
     "tensors (zarr)": (zarr_format, "_write"),
     "proof": (save, "_prove"),
@@ -49,7 +50,7 @@ IN_STEPS = ("data", "backward", "update", "snapshot")
 OF_RANK_ZERO = ("begin", "proof written", "publish: renamed", "publish: tracked", "publish: removal", "publish: sync")
 BEHIND = 8
 """Steps of a run whose writer dies in one of the first of them."""
-OFTEN = {"data": 8, "tensors (zarr)": 40, "publish: sync": 30}
+OFTEN = {"data": 8, "exchange": 60, "tensors (zarr)": 40, "publish: sync": 30}
 """How often a moment comes in a few steps; others come once a step."""
 
 
@@ -115,6 +116,7 @@ SAMPLED = [
     Kill("publish: renamed", 2, 0, True),  # the first checkpoint
     Kill("data", 9, 1, False),
     Kill("update", 2, 0, False),
+    Kill("exchange", 50, 1, False),
     Kill("tensors (zarr)", 30, 1, False),
     Kill("publish: sync", 20, 0, False),
     Kill("publish: renamed", 2, 0, False),
@@ -141,7 +143,7 @@ def test_killed_again_and_again(
     """Every step of the run that got through is bitwise the undisturbed run's, and each start goes on where it must."""
     run_dir, log = tmp_path / "run", tmp_path / "log"
     shared = ["schedule.decay_steps=2000", "train.global_batch_size=4", "train.micro_batch_size=2"]
-    shared += ["checkpoint.save_interval=1", "checkpoint.keep=2"]
+    shared += ["checkpoint.save_interval=1", "checkpoint.keep=2", "parallel.use_distributed_optimizer=true"]
     tracker, saved, moments = 0, 0, Counter()
     for kill in kills:
         before = tracker
