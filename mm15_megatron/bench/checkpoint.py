@@ -104,7 +104,7 @@ class Bench:
             steps.clear()
 
     def _num_bytes(self) -> int:
-        mine = sum(tensor.nbytes for tensor in self._snapshot("torch_dist").data().values())
+        mine = sum(tensor.nbytes for tensor in self._snapshot("torch_dist").contents.data().values())
         total = torch.tensor(mine, dtype=torch.int64, device=self._parts.topology.device)
         torch.distributed.all_reduce(total)
         return int(total.item())
@@ -182,7 +182,8 @@ class Bench:
     def _peer(self, name: str, write: Callable[[dict[str, torch.Tensor], Path], None]) -> None:
         """Write what this rank holds into one file of its own beside the one before, which goes then, as ours do."""
         way = self._measured.ways[name]
-        tensors = self._snapshot("torch_dist").data()
+        # copies: of tensors that are views of one buffer, torch.save writes the buffer
+        tensors = {key: one.clone() for key, one in self._snapshot("torch_dist").contents.data().items()}
         path = self._folder / f"{name.replace(' ', '_')}_{torch.distributed.get_rank()}"
         new = path.with_name(f"{path.name}.new")
         self._step()  # as before ours: a virtual machine takes back memory that nobody has used for a while

@@ -13,7 +13,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from typing import Any
@@ -138,13 +138,14 @@ class BackgroundWriter:
         self._began, self._step = time.monotonic(), snapshot.step
         self._phase, self._outcome = "", None
         try:
-            places, grown = self._staging.hold(snapshot.data())
+            places, grown = self._staging.hold(snapshot.contents.data())
         except CheckpointError as error:
             self._process.kill()
             self._outcome = error
             return
+        bare = replace(snapshot, contents=snapshot.contents.without_data())
         with suppress(OSError):  # the process is gone: ``result`` sees that it ended, and with what
-            self._pipe.send(_Job(snapshot.without_data(), places, self._staging.memory if grown else None))
+            self._pipe.send(_Job(bare, places, self._staging.memory if grown else None))
 
     @property
     def failed(self) -> bool:
@@ -265,9 +266,9 @@ def _meet(meeting: _Meeting) -> GivenUp | None:
 
 
 def _write(job: _Job, memory: torch.Tensor, *, tell: Callable[[str], None]) -> str | CheckpointError:
-    snapshot = job.snapshot.with_data({key: place.view(memory) for key, place in job.places.items()})
+    contents = job.snapshot.contents.with_data({key: place.view(memory) for key, place in job.places.items()})
     try:
-        return str(write_snapshot(snapshot, tell=tell))
+        return str(write_snapshot(replace(job.snapshot, contents=contents), tell=tell))
     except CheckpointError as error:
         return error
     except RuntimeError as error:  # a neighbour is gone

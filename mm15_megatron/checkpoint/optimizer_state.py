@@ -287,8 +287,10 @@ def _shares(buffer: _ParamAndGradBuffer, group: ProcessGroup) -> Iterator[tuple[
         length = bucket.grad_data.numel() // len(ranks)
         for parameter in bucket.params_list:
             first, end = (at - bucket.offset for at in buffer.param_index_map[parameter][:2])
-            cuts = [
-                Share(rank, max(length * i, first) - first, min(length * (i + 1), end) - first)
-                for i, rank in enumerate(ranks)
-            ]
-            yield parameter, tuple(share for share in cuts if share.start < share.stop)
+            yield (
+                parameter,
+                tuple(
+                    Share(ranks[i], max(length * i, first) - first, min(length * (i + 1), end) - first)
+                    for i in range(first // length, -(-end // length))
+                ),
+            )

@@ -10,18 +10,16 @@ import json
 import logging
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 
-from mm15_megatron.checkpoint import exchange, publish, schema
-from mm15_megatron.checkpoint.exchange import Scattered
+from mm15_megatron.checkpoint import publish, schema
 from mm15_megatron.checkpoint.proof import (
     PROOF,
     Proof,
@@ -51,32 +49,15 @@ class Snapshot:
         cfg: the run's configuration; decides where, how and how many are kept.
         step: optimizer steps taken.
         state: what ``state.json`` will hold.
-        tensors: the shards that this rank writes and holds; live tensors or copies.
-        scattered: by key, the tensors that it writes or holds a range of.
-        held: by key, these ranges, flat; live tensors or copies.
+        contents: what this rank writes, and what it holds for others that write.
         samples: copies of live tensors, to compare with what comes to lie on disk.
     """
 
     cfg: RunConfig
     step: int
     state: Mapping[str, Any]
-    tensors: Mapping[str, ShardedTensor]
-    scattered: Mapping[str, Scattered]
-    held: Mapping[str, torch.Tensor]
+    contents: schema.StateToSave
     samples: Samples
-
-    def data(self) -> dict[str, torch.Tensor]:
-        """Return all that it holds of the weights and the optimizer, by key."""
-        return {key: tensor.data for key, tensor in self.tensors.items()} | dict(self.held)
-
-    def without_data(self) -> Snapshot:
-        """Return the description alone."""
-        return replace(self, tensors={key: one.without_data() for key, one in self.tensors.items()}, held={})
-
-    def with_data(self, data: Mapping[str, torch.Tensor]) -> Snapshot:
-        """Return the same with other tensors in place of its own, by key."""
-        tensors = {key: replace(one, data=data[key]) for key, one in self.tensors.items()}
-        return replace(self, tensors=tensors, held={key: one for key, one in data.items() if key in self.scattered})
 
 
 def take_snapshot(
@@ -89,7 +70,7 @@ def take_snapshot(
     data_digest: str,
     progress: Mapping[str, Any],
 ) -> Snapshot:
-    """Describe what this rank will write, its tensors where they are (every rank must call).
+    """Describe what this rank holds of a checkpoint, its tensors where they are (every rank must call).
 
     Args:
         cfg: the run's configuration.
@@ -100,18 +81,18 @@ def take_snapshot(
         data_digest: digest of the order of the training data.
         progress: the run's counters, JSON values; rank 0's are stored.
     """
-    state = schema.state_to_save(chunks, optimizer)
+    contents = schema.state_to_save(chunks, optimizer)
     meta = {
         "format_version": FORMAT_VERSION,
         "step": step,
-        "optimizer_step": state.optimizer_step,
+        "optimizer_step": contents.optimizer_step,
         "data_digest": data_digest,
         "progress": dict(progress),
         "layout": {"world_size": topology.place.world_size, **asdict(cfg.parallel)},
         "versions": {name: version(name) for name in ("torch", "megatron-core")},
     }
     samples = take_samples(chunks, optimizer, round_number=step // max(1, cfg.checkpoint.save_interval))
-    return Snapshot(cfg, step, meta, state.tensors, state.scattered, state.held, samples)
+    return Snapshot(cfg, step, meta, contents, samples)
 
 
 def nobody(phase: str) -> None:
@@ -138,10 +119,10 @@ def write_snapshot(snapshot: Snapshot, *, tell: Callable[[str], None] = nobody) 
         tell("begin")
         writing = on_rank_zero(lambda: _begin(folder, snapshot))
         tell("exchange")
-        assembled = exchange.assembled(snapshot.scattered, snapshot.held)
+        tensors = snapshot.contents.to_write()
         tell("tensors")
-        written = form.save_tensors({**snapshot.tensors, **assembled}, writing / TENSORS)
-        assembled.clear()
+        written = form.save_tensors(tensors, writing / TENSORS)
+        tensors.clear()
         tell("proof")
         _prove(writing, written, snapshot)
         tell("publish")

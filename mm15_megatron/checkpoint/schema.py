@@ -17,7 +17,7 @@ parameters follow it.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -27,7 +27,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from torch import nn
 from torch.distributed import ProcessGroup
 
-from mm15_megatron.checkpoint.exchange import Scattered
+from mm15_megatron.checkpoint.exchange import Scattered, assembled
 from mm15_megatron.checkpoint.optimizer_state import (
     StateTensor,
     gather_parameters,
@@ -46,19 +46,41 @@ OPTIMIZER_PREFIX, FP8_PREFIX = "optimizer.", "fp8."
 
 @dataclass(frozen=True)
 class StateToSave:
-    """The share of the state that this rank writes: every tensor shard is written by exactly one rank.
+    """What this rank writes or holds of the state: every tensor shard is written by exactly one rank.
 
     Attributes:
-        tensors: by key, those that it holds.
+        tensors: by key, those that it writes and holds; live tensors or copies.
         scattered: by key, those that it writes or holds a range of (the distributed optimizer's).
-        held: by key, these ranges, flat.
+        held: by key, these ranges, flat; live tensors or copies.
         optimizer_step: AdamW's step count, equal on every rank.
     """
 
-    tensors: dict[str, ShardedTensor]
-    scattered: dict[str, Scattered]
-    held: dict[str, torch.Tensor]
+    tensors: Mapping[str, ShardedTensor]
+    scattered: Mapping[str, Scattered]
+    held: Mapping[str, torch.Tensor]
     optimizer_step: int
+
+    def data(self) -> dict[str, torch.Tensor]:
+        """Return all that this rank holds, by key."""
+        return {key: tensor.data for key, tensor in self.tensors.items()} | dict(self.held)
+
+    def without_data(self) -> StateToSave:
+        """Return the description alone."""
+        return replace(self, tensors={key: one.without_data() for key, one in self.tensors.items()}, held={})
+
+    def with_data(self, data: Mapping[str, torch.Tensor]) -> StateToSave:
+        """Return the same with other tensors in place of its own, by key."""
+        tensors = {key: replace(one, data=data[key]) for key, one in self.tensors.items()}
+        return replace(self, tensors=tensors, held={key: one for key, one in data.items() if key in self.scattered})
+
+    def to_write(self) -> dict[str, ShardedTensor]:
+        """Return the tensors that this rank writes, those it does not hold sent by the others (every rank must call).
+
+        Raises:
+            CheckpointError: a rank has no memory for what it will write; every rank raises it.
+            RuntimeError: another rank is gone.
+        """
+        return {**self.tensors, **assembled(self.scattered, self.held)}
 
 
 @dataclass(frozen=True)
@@ -144,8 +166,8 @@ def _scattered(
         if state.held.numel():
             held[key] = state.held
         if state.held.numel() or writer == item.data_group.rank():
-            ranks = torch.distributed.get_process_group_ranks(item.data_group)
-            scattered[key] = Scattered(_request(item, key, torch.float32), ranks[writer], state.shares)
+            rank = torch.distributed.get_global_rank(item.data_group, writer)
+            scattered[key] = Scattered(_request(item, key, torch.float32), rank, state.shares)
     return scattered, held
 
 

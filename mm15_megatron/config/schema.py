@@ -238,7 +238,7 @@ class CheckpointConfig:
     async_save: bool = option(
         False,
         "checkpoints are written by processes of their own while the training goes on; takes host memory for a copy of "
-        "what a rank writes",
+        "what a rank holds, and with the distributed optimizer for the state that it gathers and writes",
     )
     format: str = option(
         "torch_dist",

@@ -18,7 +18,11 @@ import torch
 
 _SHOWN: Final = 3
 # The calls in which a rank waits for others without a collective that torch's flight recorder knows.
-_WAITING: Final = ("torch/distributed/", "megatron/core/pipeline_parallel/p2p_communication")
+_WAITING: Final = (
+    "torch/distributed/",
+    "megatron/core/pipeline_parallel/p2p_communication",
+    "mm15_megatron/utils/ranks",
+)
 
 
 @dataclass(frozen=True)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TypeVar
 
 import torch
+from torch.distributed import Work
 
 from mm15_megatron.errors import MM15Error
 
@@ -27,6 +28,19 @@ def gathered_objects(mine: T) -> list[T]:
     shares: list[T | None] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(shares, mine)
     return shares  # type: ignore[return-value]
+
+
+def finish_transfers(transfers: Iterable[Work | None]) -> None:
+    """Wait for transfers between two ranks of the default group.
+
+    Here, because a watchdog sees by the file that a rank waits for others: torch records no transfers of gloo.
+
+    Raises:
+        RuntimeError: the other rank is gone.
+    """
+    for transfer in transfers:
+        assert transfer is not None, "every rank is in the default group"
+        transfer.wait()
 
 
 def on_every_rank(action: Callable[[], T]) -> T:

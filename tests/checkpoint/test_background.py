@@ -120,7 +120,7 @@ def _arm(phase: str) -> None:
         _die()
 
     if phase == "exchange":
-        exchange.replace = dying
+        exchange._received = dying
     elif phase == "tensors":
         torch_dist.save = dying
     elif phase == "proof":

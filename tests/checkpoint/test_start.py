@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from mm15_megatron.checkpoint.exchange import assembled
 from mm15_megatron.checkpoint.optimizer_state import get_step
 from mm15_megatron.checkpoint.proof import Proof, digest_of_file
 from mm15_megatron.checkpoint.publish import checkpoints_folder
@@ -89,10 +88,8 @@ def _train_and_save(cfg: RunConfig) -> Whole:
 def _states(parts: StepParts) -> dict[str, Whole]:
     """Whole masters and moments by kind and name."""
     assert parts.optimizer is not None
-    saved = state_to_save(parts.chunks, parts.optimizer)
-    mine = {key: (one.global_shape, one.global_offset, one.data) for key, one in saved.tensors.items()}
-    for key, one in assembled(saved.scattered, saved.held).items():
-        mine[key] = one.global_shape, one.global_offset, one.data
+    written = state_to_save(parts.chunks, parts.optimizer).to_write()
+    mine = {key: (one.global_shape, one.global_offset, one.data) for key, one in written.items()}
     found: dict[str, Whole] = {}
     for share in gathered_objects(mine):
         for key, (shape, offset, part) in share.items():

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from mm15_megatron.checkpoint.exchange import assembled
 from mm15_megatron.checkpoint.publish import begin, checkpoints_folder, publish
 from mm15_megatron.checkpoint.save import save_checkpoint
 from mm15_megatron.checkpoint.schema import state_to_save
@@ -141,8 +140,7 @@ def test_unwritable_folder_is_one_error_on_every_rank(tmp_path: Path) -> None:
 def _bytes_written(cfg: RunConfig) -> tuple[int, list[str]]:
     """Bytes and keys of what this rank writes."""
     parts = build_parts(cfg)
-    state = state_to_save(parts.chunks, parts.optimizer)
-    tensors = {**state.tensors, **assembled(state.scattered, state.held)}
+    tensors = state_to_save(parts.chunks, parts.optimizer).to_write()
     close_topology()
     return sum(tensor.data.nbytes for tensor in tensors.values()), sorted(tensors)
 

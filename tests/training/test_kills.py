@@ -35,7 +35,7 @@ WHERE: dict[str, tuple[Any, str]] = {
     "update": (step, "_update"),
     "snapshot": (saver, "take_snapshot"),
     "begin": (save, "_begin"),
-    "exchange": (exchange, "replace"),
+    "exchange": (exchange, "_received"),
     "tensors (torch_dist)": (torch_dist, "save"),
     "tensors (zarr)": (zarr_format, "_write"),
     "proof": (save, "_prove"),
@@ -50,7 +50,7 @@ IN_STEPS = ("data", "backward", "update", "snapshot")
 OF_RANK_ZERO = ("begin", "proof written", "publish: renamed", "publish: tracked", "publish: removal", "publish: sync")
 BEHIND = 8
 """Steps of a run whose writer dies in one of the first of them."""
-OFTEN = {"data": 8, "exchange": 60, "tensors (zarr)": 40, "publish: sync": 30}
+OFTEN = {"data": 8, "exchange": 40, "tensors (zarr)": 40, "publish: sync": 30}
 """How often a moment comes in a few steps; others come once a step."""
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from mm15_megatron.batch import MMBatch
+from mm15_megatron.checkpoint import exchange
 from mm15_megatron.data.loader import Loader
 from mm15_megatron.parity.ranks import RankFailure
 from mm15_megatron.training.hang_report import Collective, RankReport, merged_text, newest_collectives, odd_ranks
@@ -187,6 +188,26 @@ def test_rank_that_stands_still(arguments: Arguments, tmp_path: Path, fault_matr
     assert second.startswith("rank 0 (")
     assert second.endswith("says nothing: it is stopped or dead, or its machine is")
     fault_matrix("SIGSTOP of rank 0 of 2", "step 2, data", f"rank 1 leaves: {second[:60]}")
+
+
+def _sleep_when_sending(run: Run) -> None:
+    """Have rank 1 sleep while rank 0 waits for its part of the optimizer's state."""
+    if run.topology.place.rank == 1:
+        exchange._sent = lambda *_: _sleep()
+
+
+def test_rank_that_hangs_in_a_save(arguments: Arguments, tmp_path: Path, fault_matrix: FaultMatrix) -> None:
+    """Transfers between two ranks are in no recorder: the one that waits in them is not taken for the culprit."""
+    distributed = "parallel.use_distributed_optimizer=true"
+    argv = arguments(SHORT, "train.steps=1", "schedule.warmup_steps=0", distributed)
+    with pytest.raises(RankFailure, match="died without a word"):
+        run_arguments(argv, world_size=2, prepare=_sleep_when_sending)
+    first, second, *rest = _report_of(tmp_path / "run").splitlines()
+    assert first == "the job hangs: 2 of 2 ranks reported"
+    assert second.startswith("rank 1 (")
+    assert "waits for nobody: step 1, save: exchange, for " in second
+    assert not any("waits for nobody" in line for line in rest), "one rank alone is odd"
+    fault_matrix("rank 1 of 2 sleeps", "step 1, save: exchange", f"all leave: {second.partition(' (last')[0][:60]}")
 
 
 def _stop_the_writer(run: Run) -> None:
