@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mm15_megatron.checkpoint.background import BackgroundWriter
-from mm15_megatron.checkpoint.save import take_snapshot
+from mm15_megatron.checkpoint.save import save_checkpoint, take_snapshot
 from mm15_megatron.checkpoint.staging import Staging
 from mm15_megatron.checkpoint.store import load_training, open_checkpoint
 from mm15_megatron.config.schema import RunConfig
@@ -22,40 +22,60 @@ FP32_STEPS = 1e-4
 """Of the losses of five steps: the order of a device's atomic sums is not fixed."""
 
 
-def checkpointed(run_dir: Path, kind: str, optimizer: str) -> RunConfig:
+def checkpointed(run_dir: Path, kind: str, optimizer: str, *, distributed: bool) -> RunConfig:
     """A small model in fp32 whose checkpoints go to ``run_dir``."""
     return change(
         gpu_config("local", "fp32"),
         train={"run_dir": str(run_dir)},
         checkpoint={"format": kind},
         optimizer={"name": optimizer},
+        parallel={"use_distributed_optimizer": distributed},
     )
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
+def resumed(topology: Topology, cfg: RunConfig, folder: Path) -> list[float]:
+    """Losses of the steps of a new model that starts from a checkpoint."""
+    fresh = parts_of(topology, cfg)
+    load_training(open_checkpoint(folder), cfg, fresh.chunks, fresh.optimizer)
+    return losses(fresh, AFTER)
+
+
+OPTIMIZERS = [("adamw", False), ("adamw", True), ("adafactor", False)]
+
+
+@pytest.mark.parametrize(("optimizer", "distributed"), OPTIMIZERS)
 @pytest.mark.parametrize("kind", ["torch_dist", "zarr"])
 def test_the_run_goes_on_and_its_snapshot_is_saved(
-    cuda_rank: Topology, kind: str, optimizer: str, tmp_path: Path
+    cuda_rank: Topology, kind: str, optimizer: str, distributed: bool, tmp_path: Path
 ) -> None:
     """A run that starts from it takes the steps of the run that went on while it was written."""
-    cfg = checkpointed(tmp_path, kind, optimizer)
+    cfg = checkpointed(tmp_path, kind, optimizer, distributed=distributed)
     parts = parts_of(cuda_rank, cfg)
     losses(parts, BEFORE)
     writer = BackgroundWriter(cuda_rank.place, timeout_minutes=5)
+    arguments = {"topology": cuda_rank, "step": BEFORE, "data_digest": "fixed", "progress": {}}
     try:
-        writer.submit(
-            take_snapshot(
-                cfg, parts.chunks, parts.optimizer, topology=cuda_rank, step=BEFORE, data_digest="fixed", progress={}
-            )
-        )
+        writer.submit(take_snapshot(cfg, parts.chunks, parts.optimizer, **arguments))
         straight = losses(parts, AFTER)
         written = writer.result()
     finally:
         writer.close()
     assert written.error is None
-    fresh = parts_of(cuda_rank, cfg)
-    load_training(open_checkpoint(Path(written.folder)), cfg, fresh.chunks, fresh.optimizer)
-    assert losses(fresh, AFTER) == pytest.approx(straight, rel=FP32_STEPS)
+    assert resumed(cuda_rank, cfg, Path(written.folder)) == pytest.approx(straight, rel=FP32_STEPS)
+
+
+@pytest.mark.parametrize(("optimizer", "distributed"), OPTIMIZERS)
+@pytest.mark.parametrize("kind", ["torch_dist", "zarr"])
+def test_a_save_that_the_run_waits_for(
+    cuda_rank: Topology, kind: str, optimizer: str, distributed: bool, tmp_path: Path
+) -> None:
+    """What is written lies on the device."""
+    cfg = checkpointed(tmp_path, kind, optimizer, distributed=distributed)
+    parts = parts_of(cuda_rank, cfg)
+    losses(parts, BEFORE)
+    arguments = {"topology": cuda_rank, "step": BEFORE, "data_digest": "fixed", "progress": {}}
+    folder = save_checkpoint(cfg, parts.chunks, parts.optimizer, **arguments)
+    assert resumed(cuda_rank, cfg, folder) == pytest.approx(losses(parts, AFTER), rel=FP32_STEPS)
 
 
 def test_staging_is_pinned_and_holds_what_was_live() -> None:
