@@ -13,7 +13,7 @@ from mm15_megatron.checkpoint.optimizer_state import get_step
 from mm15_megatron.checkpoint.proof import Proof, digest_of_file
 from mm15_megatron.checkpoint.publish import checkpoints_folder
 from mm15_megatron.checkpoint.save import save_checkpoint
-from mm15_megatron.checkpoint.schema import state_to_save
+from mm15_megatron.checkpoint.schema import OPTIMIZER_PREFIX, state_to_save
 from mm15_megatron.checkpoint.start import MAY_DIFFER, find_start, start_from
 from mm15_megatron.checkpoint.store import model_differences
 from mm15_megatron.config.dump import dump_flat
@@ -93,9 +93,9 @@ def _states(parts: StepParts) -> dict[str, Whole]:
     found: dict[str, Whole] = {}
     for share in gathered_objects(mine):
         for key, (shape, offset, part) in share.items():
-            name, _, kind = key.removeprefix("optimizer.").rpartition(".")
-            if not key.startswith("optimizer."):
+            if not key.startswith(OPTIMIZER_PREFIX):
                 continue
+            name, _, kind = key.removeprefix(OPTIMIZER_PREFIX).rpartition(".")
             whole = found.setdefault(kind, {}).setdefault(name, torch.full(shape, torch.nan))
             whole[tuple(slice(at, at + n) for at, n in zip(offset, part.shape, strict=True))] = part
     return found

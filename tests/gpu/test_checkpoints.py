@@ -13,11 +13,13 @@ from mm15_megatron.checkpoint.staging import Staging
 from mm15_megatron.checkpoint.store import load_training, open_checkpoint
 from mm15_megatron.config.schema import RunConfig
 from mm15_megatron.parallel.topology import Topology
+from mm15_megatron.training.step import StepParts
 from tests.helpers.layouts import change
 
 from .models import gpu_config, losses, parts_of
 
 BEFORE, AFTER = 2, 5
+MOMENT = {"step": BEFORE, "data_digest": "fixed", "progress": {}}
 FP32_STEPS = 1e-4
 """Of the losses of five steps: the order of a device's atomic sums is not fixed."""
 
@@ -31,6 +33,13 @@ def checkpointed(run_dir: Path, kind: str, optimizer: str, *, distributed: bool)
         optimizer={"name": optimizer},
         parallel={"use_distributed_optimizer": distributed},
     )
+
+
+def trained(topology: Topology, cfg: RunConfig) -> StepParts:
+    """A model after the steps that come before a save."""
+    parts = parts_of(topology, cfg)
+    losses(parts, BEFORE)
+    return parts
 
 
 def resumed(topology: Topology, cfg: RunConfig, folder: Path) -> list[float]:
@@ -50,12 +59,10 @@ def test_the_run_goes_on_and_its_snapshot_is_saved(
 ) -> None:
     """A run that starts from it takes the steps of the run that went on while it was written."""
     cfg = checkpointed(tmp_path, kind, optimizer, distributed=distributed)
-    parts = parts_of(cuda_rank, cfg)
-    losses(parts, BEFORE)
+    parts = trained(cuda_rank, cfg)
     writer = BackgroundWriter(cuda_rank.place, timeout_minutes=5)
-    arguments = {"topology": cuda_rank, "step": BEFORE, "data_digest": "fixed", "progress": {}}
     try:
-        writer.submit(take_snapshot(cfg, parts.chunks, parts.optimizer, **arguments))
+        writer.submit(take_snapshot(cfg, parts.chunks, parts.optimizer, topology=cuda_rank, **MOMENT))
         straight = losses(parts, AFTER)
         written = writer.result()
     finally:
@@ -71,10 +78,8 @@ def test_a_save_that_the_run_waits_for(
 ) -> None:
     """What is written lies on the device."""
     cfg = checkpointed(tmp_path, kind, optimizer, distributed=distributed)
-    parts = parts_of(cuda_rank, cfg)
-    losses(parts, BEFORE)
-    arguments = {"topology": cuda_rank, "step": BEFORE, "data_digest": "fixed", "progress": {}}
-    folder = save_checkpoint(cfg, parts.chunks, parts.optimizer, **arguments)
+    parts = trained(cuda_rank, cfg)
+    folder = save_checkpoint(cfg, parts.chunks, parts.optimizer, topology=cuda_rank, **MOMENT)
     assert resumed(cuda_rank, cfg, folder) == pytest.approx(losses(parts, AFTER), rel=FP32_STEPS)
 
 
